@@ -1,0 +1,93 @@
+"""Files that are whole or absent: atomic writes, and arrays with a JSON header in one file without pickle."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from specprune._records import to_json
+
+HEADER = "__header__"
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """Open a temporary file beside `path` for writing bytes; rename it to `path` on success, remove it on failure."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)  # mkstemp makes private files; results are meant to be shared
+        os.replace(name, target)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write UTF-8 text to `path`, whole or not at all."""
+    with atomic_write(path) as stream:
+        stream.write(text.encode("utf-8"))
+
+
+def save_arrays(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], header: Mapping[str, Any]) -> None:
+    """Save named arrays and a JSON header in one `.npz` file, whole or not at all.
+
+    Args:
+        path: the file to write.
+        arrays: name to array, of any numeric dtype (no object arrays).
+        header: what describes them; must have a "kind", which `load_arrays` checks.
+
+    Raises:
+        ValueError: an array holds Python objects.
+    """
+    for name, array in arrays.items():
+        if array.dtype == object:
+            raise ValueError(f"array {name!r} holds Python objects; only numeric arrays can be saved without pickle")
+    text = np.frombuffer(to_json(header).encode("utf-8"), dtype=np.uint8)
+    with atomic_write(path) as stream:
+        np.savez_compressed(stream, **{HEADER: text, **arrays})  # type: ignore[arg-type]
+
+
+def load_arrays(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Load what `save_arrays` wrote, never unpickling.
+
+    Args:
+        path: the file to read.
+        kind: what the header's "kind" must be.
+
+    Returns:
+        The arrays by name, and the header.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not one of ours, is damaged, or is of another kind.
+    """
+    target = Path(path)
+    if not target.is_file():
+        raise FileNotFoundError(f"{target}: no such file (expected a specprune {kind} file)")
+    try:
+        with np.load(target, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+        header = json.loads(arrays.pop(HEADER).tobytes().decode("utf-8"))
+    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{target}: not a readable specprune {kind} file ({error})") from error
+    if not isinstance(header, dict) or header.get("kind") != kind:
+        found = header.get("kind") if isinstance(header, dict) else None
+        raise ValueError(f"{target}: holds {found!r}, expected a specprune {kind} file")
+    return arrays, header

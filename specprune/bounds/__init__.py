@@ -1,0 +1,1 @@
+"""The theorems: numbers and arrays in, numbers out."""

@@ -1,0 +1,31 @@
+"""Acting on models: measure, select, cut and reconstruct.  An `nn.Module` goes in, a smaller ordinary one comes out."""
+
+from specprune.compress.batches import CalibrationData
+from specprune.compress.checkpoint import load_pruned, save_pruned
+from specprune.compress.cost import count_flops, count_params
+from specprune.compress.groups import Group, find_groups, remove_nodes
+from specprune.compress.moments import LayerMoments, Moments, collect_moments
+from specprune.compress.selection import NodeStatistics, greedy_nodes, information_losses, select_nodes
+from specprune.compress.spectral import GroupReport, Pruned, PruneReport, prune
+
+__all__ = [
+    "CalibrationData",
+    "Group",
+    "GroupReport",
+    "LayerMoments",
+    "Moments",
+    "NodeStatistics",
+    "PruneReport",
+    "Pruned",
+    "collect_moments",
+    "count_flops",
+    "count_params",
+    "find_groups",
+    "greedy_nodes",
+    "information_losses",
+    "load_pruned",
+    "prune",
+    "remove_nodes",
+    "save_pruned",
+    "select_nodes",
+]

@@ -1,0 +1,167 @@
+"""Batches of data for a model: what counts as a batch, and the checks every pass over them makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+Forward = Callable[[nn.Module, Any], Tensor]
+
+
+class StopForward(Exception):  # noqa: N818 - a signal, not an error
+    """Raised by a hook to leave a forward pass once it has seen what it needs."""
+
+
+def batch_inputs(batch: Any) -> Any:
+    """Return the inputs of a batch: the batch itself, the first item of a pair, or the mapping.
+
+    Args:
+        batch: a tensor, a tuple or list `(inputs, targets)` or `(inputs,)`, or a mapping of tensors.
+
+    Raises:
+        TypeError: the batch is none of these.
+    """
+    if isinstance(batch, Tensor | Mapping):
+        return batch
+    if isinstance(batch, tuple | list) and batch and isinstance(batch[0], Tensor | Mapping):
+        return batch[0]
+    raise TypeError(
+        f"a batch is a tensor, a pair (inputs, targets) or a mapping of tensors, got {type(batch).__name__}; "
+        "adapt the loader or pass forward=callable(model, batch)"
+    )
+
+
+def batch_targets(batch: Any) -> Tensor:
+    """Return the targets of a batch: the second item of a pair, or the "labels" of a mapping.
+
+    Raises:
+        TypeError: the batch has no targets.
+    """
+    if isinstance(batch, tuple | list) and len(batch) > 1 and isinstance(batch[1], Tensor):
+        return batch[1]
+    if isinstance(batch, Mapping) and isinstance(batch.get("labels"), Tensor):
+        return batch["labels"]
+    raise TypeError(f"this needs labelled batches (inputs, targets), got a {type(batch).__name__} without targets")
+
+
+def call_model(model: nn.Module, batch: Any, forward: Forward | None = None) -> Tensor:
+    """Run the model on a batch: `model(inputs)`, `model(**mapping)`, or the caller's `forward(model, batch)`."""
+    if forward is not None:
+        return forward(model, batch)
+    inputs = batch_inputs(batch)
+    return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+
+
+def _tensors(batch: Any) -> list[Tensor]:
+    inputs = batch_inputs(batch)
+    return [v for v in inputs.values() if isinstance(v, Tensor)] if isinstance(inputs, Mapping) else [inputs]
+
+
+def batch_size(batch: Any) -> int:
+    """Return the number of samples of a batch: the length of its first input tensor."""
+    return len(_tensors(batch)[0])
+
+
+def _check_batch(index: int, batch: Any, model: nn.Module) -> None:
+    parameter = next(model.parameters(), None)
+    for tensor in _tensors(batch):
+        if parameter is None:
+            return
+        if tensor.device != parameter.device:
+            raise ValueError(
+                f"batch {index} is on device {tensor.device}, the model on {parameter.device}: "
+                f"move one of them, for example model.to('{tensor.device}')"
+            )
+        if tensor.is_floating_point() and tensor.dtype != parameter.dtype:
+            raise ValueError(
+                f"batch {index} has dtype {tensor.dtype}, the model's parameters {parameter.dtype}: "
+                "cast one of them, for example inputs.to(parameter.dtype)"
+            )
+
+
+class CalibrationData:
+    """A re-iterable set of batches that checks itself on every pass.
+
+    Every pass checks devices and dtypes; passes after the first also check that the loader gave the same data again.
+    The check sums a fixed nonlinear function of each sample, so a loader that only reorders its samples passes, and
+    one that augments them at random, or is used up after one pass, is reported.
+
+    Args:
+        batches: any re-iterable of `(inputs, targets)`, of inputs alone, or of mappings (a DataLoader, a list).
+        forward: optional `forward(model, batch) -> output` for models that are called in another way.
+
+    Raises:
+        TypeError: `batches` is an iterator, which cannot be read twice, or not iterable at all.
+    """
+
+    def __init__(self, batches: Iterable[Any], forward: Forward | None = None) -> None:
+        if isinstance(batches, Tensor | str) or not isinstance(batches, Iterable):
+            raise TypeError(
+                f"batches must be a re-iterable of batches (a DataLoader or a list), got {type(batches).__name__}; "
+                "wrap a single tensor as [tensor]"
+            )
+        if isinstance(batches, Iterator):
+            raise TypeError(
+                f"batches is a one-pass iterator ({type(batches).__name__}) and cannot be read again: pass the "
+                "DataLoader itself or a list, for example list(batches)"
+            )
+        self._batches = batches
+        self._forward = forward
+        self._first_pass: tuple[int, float] | None = None
+
+    def first(self) -> Any:
+        """Return the first batch.
+
+        Raises:
+            ValueError: there is no batch, or it has no sample.
+        """
+        for batch in self._batches:
+            if batch_size(batch) == 0:
+                raise ValueError("the first batch has no samples: give at least one sample")
+            return batch
+        raise ValueError("batches is empty: give at least one batch")
+
+    def call(self, model: nn.Module, batch: Any) -> Tensor:
+        """Run `model` on `batch` in the way the caller asked for."""
+        return call_model(model, batch, self._forward)
+
+    def passes(self, model: nn.Module, title: str) -> Iterator[Any]:
+        """Yield every batch once, with a progress bar on terminals.
+
+        Args:
+            model: whose device and dtype the batches must share.
+            title: what the progress bar says.
+
+        Raises:
+            ValueError: no batch or no sample, a device or dtype mismatch, or other data than on the first pass.
+        """
+        samples, checksum = 0, 0.0
+        total = len(self._batches) if hasattr(self._batches, "__len__") else None
+        for index, batch in enumerate(tqdm(self._batches, desc=title, total=total, leave=False, disable=None)):
+            _check_batch(index, batch, model)
+            samples += batch_size(batch)
+            checksum += sum(_checksum(tensor) for tensor in _tensors(batch))
+            yield batch
+        if samples == 0:
+            raise ValueError("batches is empty: give at least one batch with at least one sample")
+        if self._first_pass is None:
+            self._first_pass = (samples, checksum)
+            return
+        before, previous = self._first_pass
+        if before != samples or abs(previous - checksum) > 1e-6 * max(abs(previous), 1e-12):
+            raise ValueError(
+                f"batches gave other data on this pass ({samples} samples, checksum {checksum:.9g}) than on the first "
+                f"({before} samples, checksum {previous:.9g}): switch off random augmentation and sampling, or pass a "
+                "fixed list of batches"
+            )
+
+
+def _checksum(tensor: Tensor) -> float:
+    """Return an order-free checksum: the sum over samples of the squared projection on a fixed direction."""
+    flat = tensor.detach().reshape(len(tensor), -1).to(torch.float64)
+    direction = torch.cos(torch.arange(flat.shape[1], device=flat.device, dtype=torch.float64) * 1.7 + 0.3)
+    return float((flat @ direction).square().sum())

@@ -1,0 +1,115 @@
+"""What a network costs, in FLOPs, parameters or nodes, as a function of the widths of its groups.
+
+FLOPs are those of `torch.utils.flop_counter`: two for every multiply-add of a matrix product or convolution, nothing
+for activations, batch norms, pooling and biases; for one sample.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from specprune.compress.batches import CalibrationData, batch_size
+from specprune.compress.groups import Group
+
+MEASURES = ("flops", "params", "nodes")
+
+
+@dataclass(frozen=True)
+class CostTerm:
+    """A part of the cost that grows with the kept fraction of the input group, of the output group, or of both."""
+
+    cost: float
+    source: str | None
+    target: str | None
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Cost as a function of widths: the sum over terms of cost * (kept fraction in) * (kept fraction out).
+
+    Args:
+        full: group name to its full width.
+        terms: parts of the cost.
+    """
+
+    full: dict[str, int]
+    terms: tuple[CostTerm, ...]
+
+    def total(self, widths: Mapping[str, int] | None = None) -> float:
+        """Return the cost at these widths (one for every group), or of the full network."""
+        kept = dict(self.full) if widths is None else widths
+
+        def fraction(group: str | None) -> float:
+            return 1.0 if group is None else kept[group] / self.full[group]
+
+        return sum(term.cost * fraction(term.source) * fraction(term.target) for term in self.terms)
+
+
+def cost_model(model: nn.Module, data: CalibrationData, groups: Sequence[Group], measure: str) -> CostModel:
+    """Return the cost of a chain network as a function of its groups' widths.
+
+    Args:
+        model: the network; left as it is.
+        data: calibration data; one sample is run to count FLOPs.
+        groups: from `find_groups`.
+        measure: "flops", "params" or "nodes" (nodes of the groups).
+
+    Raises:
+        ValueError: an unknown measure.
+    """
+    if measure not in MEASURES:
+        raise ValueError(f"measure={measure!r}: expected one of {MEASURES}")
+    full = {group.name: group.width for group in groups}
+    if measure == "nodes":
+        return CostModel(full, tuple(CostTerm(float(group.width), None, group.name) for group in groups))
+    feeds = {group.consumer: group.name for group in groups}
+    owns = {name: group.name for group in groups for name in (group.name, *group.norms)}
+    if measure == "flops":
+        counts = module_flops(model, data)
+        terms = [CostTerm(float(flops), feeds.get(name), owns.get(name)) for name, flops in counts.items()]
+        return CostModel(full, tuple(terms))
+    terms = []
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            source = feeds.get(name) if parameter.dim() > 1 else None
+            terms.append(CostTerm(float(parameter.numel()), source, owns.get(name)))
+    return CostModel(full, tuple(terms))
+
+
+@torch.no_grad()
+def module_flops(model: nn.Module, data: CalibrationData) -> dict[str, int]:
+    """Return the FLOPs of one sample by the module that does them; the empty name is the model itself."""
+    work = copy.deepcopy(model).eval()
+    batch = data.first()
+    counter = FlopCounterMode(display=False)
+    with counter:
+        data.call(work, batch)
+    counts = {path: sum(by_operation.values()) for path, by_operation in counter.get_flop_counts().items()}
+    root = type(work).__name__
+    own: dict[str, int] = {}
+    for name, _ in work.named_modules():
+        inside = counts.get(f"{root}.{name}" if name else root, 0)
+        children = sum(
+            counts.get(f"{root}.{child}", 0)
+            for child, _ in work.named_modules()
+            if child and child.rpartition(".")[0] == name
+        )
+        if inside - children:
+            own[name] = (inside - children) // batch_size(batch)
+    return own
+
+
+def count_flops(model: nn.Module, data: CalibrationData) -> int:
+    """Return the FLOPs of one sample (two a multiply-add; matrix products and convolutions only)."""
+    return sum(module_flops(model, data).values())
+
+
+def count_params(model: nn.Module) -> int:
+    """Return the number of parameters; buffers such as batch norm statistics are not counted."""
+    return sum(parameter.numel() for parameter in model.parameters())

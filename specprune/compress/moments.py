@@ -1,0 +1,237 @@
+"""Streaming second moments of what each layer receives: one pass, float64, mergeable, independent of the sample size."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from specprune._files import load_arrays, save_arrays
+from specprune.compress.batches import CalibrationData, Forward, batch_size
+from specprune.compress.layers import LEVELS, Layer, Positions, channel_rows, get_layer, layer_names, patch_rows
+
+FILE_KIND = "moments"
+
+
+@dataclass(frozen=True)
+class LayerMoments:
+    """Sums over the rows phi of one layer's inputs: how many, their sum, and the sum of phi phi^T.
+
+    Args:
+        rows: number of rows summed.
+        total: (d,) float64 sum of the rows.
+        gram: (d, d) float64 sum of the outer products.
+    """
+
+    rows: int
+    total: Tensor
+    gram: Tensor
+
+    @classmethod
+    def of(cls, rows: Tensor) -> LayerMoments:
+        """Return the moments of a (rows, d) matrix, computed in float64."""
+        wide = rows.detach().to(torch.float64)
+        return cls(len(wide), wide.sum(0), wide.T @ wide)
+
+    def __add__(self, other: LayerMoments) -> LayerMoments:
+        if self.total.shape != other.total.shape:
+            raise ValueError(f"cannot merge moments of {len(self.total)} and {len(other.total)} columns")
+        return LayerMoments(self.rows + other.rows, self.total + other.total, self.gram + other.gram)
+
+    def mean(self) -> np.ndarray:
+        """Return the (d,) mean row."""
+        return (self.total / self.rows).cpu().numpy()
+
+    def covariance(self, centred: bool = False) -> np.ndarray:
+        """Return the (d, d) second moment E[phi phi^T], or with `centred` the covariance about the mean.
+
+        The noncentred form is the one of the theory (Suzuki et al. 2020, arXiv:1808.08558, section 2).
+        """
+        moment = (self.gram / self.rows).cpu().numpy()
+        if centred:
+            mean = self.mean()
+            moment = moment - np.outer(mean, mean)
+        return (moment + moment.T) / 2
+
+    def node_covariance(self, nodes: int) -> np.ndarray:
+        """Return the (nodes, nodes) noncentred covariance, averaged over the columns that belong to one node.
+
+        Args:
+            nodes: number of nodes; column k belongs to node k // (d / nodes), as after flattening a feature map.
+
+        Raises:
+            ValueError: the columns do not divide into that many nodes.
+        """
+        columns = len(self.total)
+        if columns % nodes:
+            raise ValueError(f"{columns} columns do not divide into {nodes} nodes of equal size")
+        slots = columns // nodes
+        blocks = self.covariance().reshape(nodes, slots, nodes, slots)
+        return np.einsum("isjs->ij", blocks) / slots
+
+
+@dataclass(frozen=True)
+class Moments(Mapping[str, LayerMoments]):
+    """The moments of every layer's inputs, in the order in which the model runs the layers.
+
+    Args:
+        layers: layer name to its moments.
+        samples: number of samples seen.
+        level: "channel" (one column a channel) or "patch" (one column a weight of an output).
+    """
+
+    layers: dict[str, LayerMoments]
+    samples: int
+    level: str
+
+    def __getitem__(self, name: str) -> LayerMoments:
+        return self.layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __add__(self, other: Moments) -> Moments:
+        if self.level != other.level or set(self.layers) != set(other.layers):
+            raise ValueError(
+                f"cannot merge moments of {self.level} level and layers {list(self.layers)} with {other.level} level "
+                f"and layers {list(other.layers)}: collect both with the same model, layers and level"
+            )
+        merged = {name: moments + other.layers[name] for name, moments in self.layers.items()}
+        return Moments(merged, self.samples + other.samples, self.level)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Save to one `.npz` file without pickle, whole or not at all."""
+        arrays = {}
+        for index, moments in enumerate(self.layers.values()):
+            arrays[f"total{index}"] = moments.total.cpu().numpy()
+            arrays[f"gram{index}"] = moments.gram.cpu().numpy()
+        header = {
+            "kind": FILE_KIND,
+            "samples": self.samples,
+            "level": self.level,
+            "layers": list(self.layers),
+            "rows": [moments.rows for moments in self.layers.values()],
+        }
+        save_arrays(path, arrays, header)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Moments:
+        """Load what `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is not a moments file or is damaged.
+        """
+        arrays, header = load_arrays(path, FILE_KIND)
+        layers = {}
+        try:
+            for index, (name, rows) in enumerate(zip(header["layers"], header["rows"], strict=True)):
+                total, gram = arrays[f"total{index}"], arrays[f"gram{index}"]
+                if gram.shape != (len(total), len(total)):
+                    raise ValueError(f"layer {name!r} has a {gram.shape} Gram matrix for {len(total)} columns")
+                layers[name] = LayerMoments(int(rows), torch.from_numpy(total), torch.from_numpy(gram))
+            return cls(layers, int(header["samples"]), str(header["level"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: a damaged moments file ({error})") from error
+
+
+class _Collector:
+    """A forward pre-hook that adds one layer's inputs to its moments, in a dictionary shared by all layers."""
+
+    def __init__(
+        self, name: str, layer: Layer, level: str, positions: int | None, seed: int, into: dict[str, LayerMoments]
+    ) -> None:
+        self.name, self.layer, self.level, self.positions, self.into = name, layer, level, positions, into
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        inputs = args[0]
+        if self.level == "channel":
+            rows = channel_rows(self.layer, inputs)
+        else:
+            rows = patch_rows(
+                self.layer, inputs, Positions.draw(self.layer, inputs, self.positions, self.generator)
+            )
+        moments = LayerMoments.of(rows)
+        self.into[self.name] = self.into[self.name] + moments if self.name in self.into else moments
+
+
+@torch.no_grad()
+def collect_moments(
+    model: nn.Module,
+    batches: Iterable[Any] | CalibrationData,
+    layers: Sequence[str] | None = None,
+    *,
+    level: str = "channel",
+    positions: int | None = None,
+    forward: Forward | None = None,
+    seed: int = 0,
+) -> Moments:
+    """Collect the second moments of the inputs of all layers in one forward pass over the data.
+
+    The products are formed and summed in float64. Memory depends on the widths only: d^2 numbers a layer, where d is
+    the number of features or channels ("channel"), or channels times kernel size ("patch").
+
+    Args:
+        model: any module with Linear or Conv2d layers; it is run in evaluation mode on a copy and stays as it is.
+        batches: re-iterable of `(inputs, targets)`, inputs alone, or mappings, on the model's device.
+        layers: names of the layers whose inputs to measure; by default all Linear and ungrouped Conv2d layers that run.
+        level: "channel" (every pixel of a channel is a sample of one node) or "patch" (the columns of the layer's
+            weight matrix, every output position is a sample).
+        positions: at patch level, output positions drawn at random per image; None takes all.
+        forward: optional `forward(model, batch)` for models that are called in another way.
+        seed: of the drawn positions.
+
+    Returns:
+        The moments by layer, in the order in which the layers ran.
+
+    Raises:
+        ValueError: empty batches, unknown layers or level, or NaN or Inf in a layer's inputs (the layer is named).
+        TypeError: batches that cannot be iterated twice.
+    """
+    if level not in LEVELS:
+        raise ValueError(f"level={level!r}: expected one of {LEVELS}")
+    data = batches if isinstance(batches, CalibrationData) else CalibrationData(batches, forward)
+    work = copy.deepcopy(model).eval()
+    check_finite_weights(work)
+    names = list(layers) if layers is not None else layer_names(work)
+    found: dict[str, LayerMoments] = {}
+    for index, name in enumerate(names):
+        layer = get_layer(work, name)
+        layer.register_forward_pre_hook(_Collector(name, layer, level, positions, seed + index, found))
+    samples = 0
+    for batch in data.passes(work, "collecting moments"):
+        data.call(work, batch)
+        samples += batch_size(batch)
+    missing = [name for name in names if name not in found]
+    if layers is not None and missing:
+        raise ValueError(f"the layers {missing} did not run in the forward pass; leave them out")
+    for name, moments in found.items():
+        if not bool(torch.isfinite(moments.gram.diagonal()).all()):
+            raise ValueError(
+                f"NaN or Inf in the inputs of layer {name!r}: check the data and the layers before it"
+            )
+    return Moments(found, samples, level)
+
+
+def check_finite_weights(model: nn.Module) -> None:
+    """Check that every parameter and buffer is finite.
+
+    Raises:
+        ValueError: naming the first tensor with NaN or Inf.
+    """
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            count = int((~torch.isfinite(tensor)).sum())
+            raise ValueError(
+                f"the model's {name!r} has {count} NaN or Inf entries: repair or retrain the model before this"
+            )

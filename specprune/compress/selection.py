@@ -1,0 +1,264 @@
+"""Which nodes to keep: exact greedy minimisation of the information losses, and the rules it is compared with.
+
+For a kept set J with regulariser I_tau, Res(J) = Sigma - Sigma_FJ (Sigma_JJ + I_tau)^-1 Sigma_JF, and
+
+    input loss   L_A(J) = Tr Res(J)            (how well the kept nodes tell all nodes)
+    output loss  L_B(J) = Tr Z Res(J) Z^T      (how well they tell the consumer's outputs, Z its weights)
+
+(Suzuki et al. 2020, arXiv:1808.08558, section 3).  Here both are divided by their value at the empty set, so that
+theta weighs numbers between 0 and 1.  The objective is monotone but not submodular: no (1 - 1/e) guarantee holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.linalg import lapack
+
+from specprune.bounds import WeightedNodes, leverage_scores, residual_covariance
+
+BLOCK = 128
+_RANK_TOLERANCE = 1e-13
+
+
+@dataclass(frozen=True)
+class NodeStatistics:
+    """What the selection rules know about one group of nodes.
+
+    Args:
+        covariance: (m, m) noncentred covariance Sigma of the nodes as their consumer receives them.
+        consumer_gram: (m, m) Z^T Z of the consumer's weights Z (summed over kernel offsets or pixels).
+        magnitudes: (m,) Euclidean norms of the nodes' own incoming weights.
+    """
+
+    covariance: np.ndarray
+    consumer_gram: np.ndarray
+    magnitudes: np.ndarray
+
+    @property
+    def width(self) -> int:
+        """Number of nodes m."""
+        return len(self.covariance)
+
+
+def information_losses(statistics: NodeStatistics, nodes: WeightedNodes, lam: float) -> tuple[float, float]:
+    """Return how much of the nodes, and of the consumer's outputs, the kept nodes do not tell.
+
+    Args:
+        statistics: of the group.
+        nodes: the kept nodes J with their weights omega; tau = lam / omega.
+        lam: lambda > 0, in units of the covariance.
+
+    Returns:
+        L_A(J) / Tr Sigma and L_B(J) / Tr(Z Sigma Z^T), both in [0, 1]; 0 where the denominator is 0.
+    """
+    residual = residual_covariance(statistics.covariance, nodes, lam)
+    total_input = float(np.trace(statistics.covariance))
+    total_output = float(np.sum(statistics.covariance * statistics.consumer_gram))
+    output = float(np.sum(residual * statistics.consumer_gram))
+    return (
+        max(0.0, float(np.trace(residual))) / total_input if total_input > 0 else 0.0,
+        max(0.0, output) / total_output if total_output > 0 else 0.0,
+    )
+
+
+def greedy_nodes(
+    covariance: np.ndarray, consumer_gram: np.ndarray, size: int, *, tau: np.ndarray | float, theta: float
+) -> np.ndarray:
+    """Pick nodes one by one, each the one that lowers the combined information loss most.
+
+    The gain of node j is (theta ||R_j||^2 / Tr Sigma + (1 - theta) ||Z R_j||^2 / Tr Z Sigma Z^T) / (R_jj + tau_j) with
+    R the current residual.  The residuals K = R + I_tau and G = R M R (M the metric of the two losses) are kept
+    explicitly and updated by matrix products once a block; inside a block only the pivots' columns are formed, so that
+    the cost is that of a blocked pivoted Cholesky factorisation of two matrices.
+
+    Args:
+        covariance: (m, m) Sigma.
+        consumer_gram: (m, m) Z^T Z.
+        size: how many nodes, 1..m.
+        tau: (m,) or scalar regulariser, in units of the covariance, not negative.
+        theta: weight of the input loss, 0..1.
+
+    Returns:
+        (size,) indices in the order in which they were picked.
+
+    Raises:
+        ValueError: a size or theta out of range, or a negative tau.
+    """
+    covariance = np.asarray(covariance, dtype=np.float64)
+    m = len(covariance)
+    if not 1 <= size <= m:
+        raise ValueError(f"size={size}: there are {m} nodes, keep between 1 and {m}")
+    if not 0.0 <= theta <= 1.0:
+        raise ValueError(f"theta={theta}: expected a number between 0 (output loss) and 1 (input loss)")
+    regulariser = np.broadcast_to(np.asarray(tau, dtype=np.float64), (m,))
+    if np.any(regulariser < 0) or not np.all(np.isfinite(regulariser)):
+        raise ValueError("tau must be finite and not negative")
+    residual = covariance + np.diag(regulariser)
+    gains = covariance @ (_metric(covariance, consumer_gram, theta) @ covariance)
+    gains = (gains + gains.T) / 2
+    floor = _RANK_TOLERANCE * max(float(residual.diagonal().max()), np.finfo(np.float64).tiny)
+    active = np.arange(m)
+    chosen: list[int] = []
+    while True:
+        block = min(BLOCK, size - len(chosen))
+        local, v, z = _greedy_block(residual, gains, block, floor)
+        chosen.extend(active[local].tolist())
+        if len(chosen) >= size:
+            return np.array(chosen)
+        stay = np.setdiff1d(np.arange(len(active)), local)
+        v, z = v[:, stay], z[:, stay]
+        rows = np.ix_(stay, stay)
+        residual = residual[rows] - v.T @ v
+        cross = z.T @ v
+        gains = gains[rows] - cross - cross.T
+        active = active[stay]
+
+
+def _metric(covariance: np.ndarray, consumer_gram: np.ndarray, theta: float) -> np.ndarray:
+    input_total = float(np.trace(covariance))
+    output_total = float(np.sum(covariance * consumer_gram))
+    metric = np.zeros_like(covariance)
+    if theta > 0 and input_total > 0:
+        metric += theta / input_total * np.eye(len(covariance))
+    if theta < 1 and output_total > 0:
+        metric += (1 - theta) / output_total * consumer_gram
+    return metric
+
+
+def _greedy_block(
+    residual: np.ndarray, gains: np.ndarray, block: int, floor: float
+) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """Pick `block` nodes; return them and the factors V, Z with K -= V^T V and G -= Z^T V + V^T Z.
+
+    After pivot p: v = K_p / sqrt(K_pp), g = G_p / sqrt(K_pp), n = g_p / sqrt(K_pp), and G loses g v^T + v g^T - n v v^T.
+    """
+    m = len(residual)
+    v_all, z_all, curvature = np.zeros((block, m)), np.zeros((block, m)), np.zeros(block)
+    diagonal, scores = residual.diagonal().copy(), gains.diagonal().copy()
+    free = np.ones(m, dtype=bool)
+    local: list[int] = []
+    for t in range(block):
+        usable = free & (diagonal > floor)
+        ratio = np.where(usable, scores / np.where(usable, diagonal, 1.0), np.where(free, -1.0, -np.inf))
+        p = int(ratio.argmax())
+        local.append(p)
+        free[p] = False
+        if not usable[p]:  # only nodes without any energy left: they change nothing
+            continue
+        v_p = v_all[:t, p].copy()
+        z_p = z_all[:t, p] - curvature[:t] * v_p
+        v = residual[p] - v_p @ v_all[:t]
+        z = gains[p] - v_p @ z_all[:t] - z_p @ v_all[:t]
+        root = np.sqrt(v[p])
+        v /= root
+        z /= root
+        n = z[p] / root
+        v_all[t], z_all[t], curvature[t] = v, z, n
+        diagonal -= v * v
+        scores -= v * (2 * z - n * v)
+    return local, v_all, z_all - 0.5 * curvature[:, None] * v_all
+
+
+def pivoted_cholesky_nodes(covariance: np.ndarray, size: int) -> np.ndarray:
+    """Pick the nodes that LAPACK's pivoted Cholesky factorisation (dpstrf) takes first: largest residual variance.
+
+    Args:
+        covariance: (m, m) Sigma.
+        size: how many nodes, 1..m.
+
+    Returns:
+        (size,) indices in pivot order.
+    """
+    _, pivots, _, info = lapack.dpstrf(np.asfortranarray(covariance, dtype=np.float64), lower=1, tol=-1.0)
+    if info < 0:
+        raise ValueError(f"LAPACK dpstrf refused its argument {-info}")
+    return pivots[:size] - 1
+
+
+def leverage_nodes(scores: np.ndarray, size: int, generator: np.random.Generator) -> np.ndarray:
+    """Draw nodes in proportion to their leverage scores until `size` different ones are found.
+
+    Args:
+        scores: (m,) probabilities q.
+        size: how many different nodes.
+        generator: source of randomness.
+
+    Returns:
+        (size,) indices in the order of their first appearance.
+
+    Raises:
+        ValueError: fewer than `size` nodes have a positive score.
+    """
+    positive = int(np.count_nonzero(scores))
+    if positive < size:
+        raise ValueError(f"only {positive} nodes have a positive leverage score; cannot draw {size} different ones")
+    return generator.choice(len(scores), size=size, replace=False, p=scores)
+
+
+Rule = Callable[[NodeStatistics, int, float, float, np.random.Generator], np.ndarray]
+
+
+def _greedy(statistics: NodeStatistics, size: int, lam: float, theta: float, _: np.random.Generator) -> np.ndarray:
+    scores = leverage_scores(statistics.covariance, lam)
+    tau = lam * size * scores
+    return greedy_nodes(statistics.covariance, statistics.consumer_gram, size, tau=tau, theta=theta)
+
+
+def _leverage(statistics: NodeStatistics, size: int, lam: float, _: float, rng: np.random.Generator) -> np.ndarray:
+    return leverage_nodes(leverage_scores(statistics.covariance, lam), size, rng)
+
+
+def _cholesky(statistics: NodeStatistics, size: int, *_: object) -> np.ndarray:
+    return pivoted_cholesky_nodes(statistics.covariance, size)
+
+
+def _magnitude(statistics: NodeStatistics, size: int, *_: object) -> np.ndarray:
+    return np.argsort(-statistics.magnitudes, kind="stable")[:size]
+
+
+def _random(statistics: NodeStatistics, size: int, _: float, __: float, rng: np.random.Generator) -> np.ndarray:
+    return rng.permutation(statistics.width)[:size]
+
+
+RULES: dict[str, Rule] = {
+    "greedy": _greedy,
+    "leverage": _leverage,
+    "cholesky": _cholesky,
+    "magnitude": _magnitude,
+    "random": _random,
+}
+
+
+def select_nodes(
+    rule: str,
+    statistics: NodeStatistics,
+    size: int,
+    *,
+    lam: float,
+    theta: float = 0.0,
+    generator: np.random.Generator | None = None,
+) -> np.ndarray:
+    """Pick nodes by one of the rules "greedy", "leverage", "cholesky", "magnitude", "random".
+
+    Args:
+        rule: the rule's name.
+        statistics: of the group.
+        size: how many nodes, 1..m.
+        lam: lambda > 0 in units of the covariance (greedy: tau_j = lam size q_j; leverage: the scores).
+        theta: weight of the input loss in the greedy rule.
+        generator: for the random rules; seed 0 if left out.
+
+    Returns:
+        (size,) different indices, in the order of preference.
+
+    Raises:
+        ValueError: an unknown rule, or a size out of range.
+    """
+    if rule not in RULES:
+        raise ValueError(f"selection={rule!r}: expected one of {sorted(RULES)}")
+    if not 1 <= size <= statistics.width:
+        raise ValueError(f"size={size}: the group has {statistics.width} nodes, keep between 1 and {statistics.width}")
+    return RULES[rule](statistics, size, lam, theta, generator or np.random.default_rng(0))

@@ -1,0 +1,399 @@
+"""Spectral pruning of a network: measure, allocate, select, cut, reconstruct, report."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from specprune._records import format_table, to_json
+from specprune.bounds import (
+    WeightedNodes,
+    degrees_of_freedom,
+    eigenvalues,
+    feasibility,
+    leverage_scores,
+    paper_width,
+    reconstruction_matrix,
+    sample_nodes,
+    weighted_nodes,
+)
+from specprune.compress.allocation import (
+    ALLOCATIONS,
+    Allocation,
+    dof_allocation,
+    theory_allocation,
+    uniform_allocation,
+)
+from specprune.compress.batches import CalibrationData, Forward
+from specprune.compress.cost import CostModel, cost_model, count_flops, count_params
+from specprune.compress.groups import Group, find_groups, remove_nodes
+from specprune.compress.layers import get_layer
+from specprune.compress.moments import Moments, check_finite_weights, collect_moments
+from specprune.compress.reconstruction import RECONSTRUCTIONS, fold_consumer, refit_consumer
+from specprune.compress.selection import RULES, NodeStatistics, information_losses, select_nodes
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """What happened to one group of nodes.
+
+    Args:
+        group: the layer whose outputs the nodes are.
+        consumer: the layer that reads them.
+        width_before: number of nodes m.
+        width_after: number of nodes kept.
+        lam: lambda, in units of the covariance.
+        dof: degrees of freedom N(lambda).
+        leverage_kept: sum of the leverage scores of the kept nodes, in [0, 1].
+        c: lambda_max(Res) / lambda of the kept set; the theorem asks for c <= 4.
+        s: sum of omega / m; the theorem asks for s <= 5/3.
+        input_loss: L_A(J) / Tr Sigma.
+        output_loss: L_B(J) / Tr Z Sigma Z^T.
+        seconds: time spent on selection and reconstruction.
+    """
+
+    group: str
+    consumer: str
+    width_before: int
+    width_after: int
+    lam: float
+    dof: float
+    leverage_kept: float
+    c: float
+    s: float
+    input_loss: float
+    output_loss: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What pruning did to the network.
+
+    Args:
+        groups: one entry a group.
+        settings: the arguments of the call.
+        flops_before: FLOPs of one sample (two a multiply-add), before.
+        flops_after: the same, after.
+        params_before: number of parameters, before.
+        params_after: the same, after.
+        samples: number of calibration samples.
+        seconds: time of the whole call.
+    """
+
+    groups: tuple[GroupReport, ...]
+    settings: dict[str, Any]
+    flops_before: int
+    flops_after: int
+    params_before: int
+    params_after: int
+    samples: int
+    seconds: float
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """Return one record a group."""
+        return [asdict(group) for group in self.groups]
+
+    def to_json(self) -> str:
+        """Return the whole report as JSON."""
+        return to_json(asdict(self))
+
+    def __str__(self) -> str:
+        head = (
+            f"FLOPs {self.flops_before} -> {self.flops_after} ({self.flops_after / self.flops_before:.1%}), "
+            f"parameters {self.params_before} -> {self.params_after} ({self.params_after / self.params_before:.1%}), "
+            f"{self.samples} calibration samples, {self.seconds:.1f} s"
+        )
+        return format_table(self.to_records(), title=head)
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A pruned network and how it came about.
+
+    Args:
+        model: an ordinary, smaller module of the same classes, on the same device, in the same mode.
+        report: what was done.
+        groups: the groups that were pruned.
+        nodes: group name to the kept nodes, with the weights omega of the theory; indices ascend.
+    """
+
+    model: nn.Module
+    report: PruneReport
+    groups: tuple[Group, ...]
+    nodes: dict[str, WeightedNodes]
+
+
+def prune(
+    model: nn.Module,
+    batches: Iterable[Any] | CalibrationData,
+    keep: float | None = None,
+    *,
+    widths: Mapping[str, int] | None = None,
+    measure: str = "flops",
+    allocation: str = "uniform",
+    selection: str = "greedy",
+    theta: float = 0.0,
+    reconstruction: str = "sequential",
+    lam: float = 1e-6,
+    ridge: float = 1e-6,
+    positions: int | None = 32,
+    forward: Forward | None = None,
+    seed: int = 0,
+) -> Pruned:
+    """Return a smaller network that computes nearly the same as the given one, from unlabelled data.
+
+    In each group (the outputs of one layer) a set J of nodes is kept, the others are removed, and the layer that reads
+    them is refitted on what is left.  No labels and no gradients are used.
+
+    Args:
+        model: a chain of Linear, Conv2d, BatchNorm, activations, pooling, dropout and flattening; stays bit for bit.
+        batches: re-iterable of `(inputs, targets)`, of inputs alone, or of mappings, on the model's device.
+        keep: fraction of `measure` to keep, in (0, 1]; not with `widths` nor with allocation="theory".
+        widths: group name to number of nodes, instead of `keep`; groups that are not named stay whole.
+        measure: "flops" (`torch.utils.flop_counter`, two a multiply-add), "params" or "nodes".
+        allocation: "uniform" (same fraction everywhere), "dof" (degrees of freedom at a common relative lambda that
+            meets the budget), or "theory" (5 N log(80 N) nodes at `lam`).
+        selection: "greedy", "leverage", "cholesky", "magnitude" or "random".
+        theta: weight of the input information loss against the output loss in the greedy rule, 0..1.
+        reconstruction: "sequential", "patch", "channel" (the paper's) or "none".
+        lam: relative lambda, lambda_l = lam * Tr Sigma_l; "dof" finds its own.
+        ridge: relative ridge of the least squares in "sequential" and "patch".
+        positions: output positions per image that the least squares of a convolution sees; None takes all.
+        forward: optional `forward(model, batch)` for models that are called in another way.
+        seed: of the random rules and of the positions.
+
+    Returns:
+        The new network, the report, the groups and the kept nodes.
+
+    Raises:
+        ValueError: an argument out of range, a network that is not a chain, frozen or non-finite weights, empty or
+            mismatched batches, or a budget that cannot be met.
+        TypeError: batches that cannot be iterated twice.
+
+    Source:
+        Suzuki et al. 2020, "Spectral Pruning", arXiv:1808.08558 (selection, degrees of freedom, channel mix); the
+        sequential least squares is ours.
+    """
+    start = time.perf_counter()
+    settings = {
+        "keep": keep,
+        "widths": None if widths is None else dict(widths),
+        "measure": measure,
+        "allocation": allocation,
+        "selection": selection,
+        "theta": theta,
+        "reconstruction": reconstruction,
+        "lam": lam,
+        "ridge": ridge,
+        "positions": positions,
+        "seed": seed,
+    }
+    _check_arguments(keep, widths, allocation, selection, theta, reconstruction, lam, ridge, positions)
+    check_finite_weights(model)
+    data = batches if isinstance(batches, CalibrationData) else CalibrationData(batches, forward)
+    original = copy.deepcopy(model).eval()
+    groups = find_groups(original, data)
+    moments = collect_moments(original, data, [group.consumer for group in groups])
+    norms = {group.name: group.direct_norm for group in groups}
+    statistics = {
+        group.name: node_statistics(original, moments, group, norms.get(group.consumer)) for group in groups
+    }
+    cost = cost_model(original, data, groups, measure)
+    plan = _allocate(cost, statistics, keep, widths, allocation, lam)
+    generator = np.random.default_rng(seed)
+    chosen: dict[str, WeightedNodes] = {}
+    seconds = {}
+    for group in groups:
+        begin = time.perf_counter()
+        chosen[group.name] = _choose(statistics[group.name], plan, group, allocation, selection, theta, generator)
+        seconds[group.name] = time.perf_counter() - begin
+    kept = {name: nodes.indices for name, nodes in chosen.items()}
+    small = remove_nodes(original, data, groups, kept)
+    changed = False
+    for index, group in enumerate(groups):
+        begin = time.perf_counter()
+        outputs = kept.get(group.consumer)
+        whole = len(kept[group.name]) == group.width
+        changed = changed or not whole
+        # Nothing is refitted whose inputs are those of the original network.
+        if reconstruction == "none" or (whole and not (changed and reconstruction == "sequential")):
+            pass
+        elif reconstruction == "channel":
+            mix = reconstruction_matrix(statistics[group.name].covariance, chosen[group.name], plan.lams[group.name])
+            fold_consumer(original, small, group, mix, outputs)
+        else:
+            refit_consumer(
+                original,
+                small,
+                data,
+                group,
+                kept[group.name],
+                outputs,
+                norms.get(group.consumer),
+                sequential=reconstruction == "sequential",
+                ridge=ridge,
+                positions=positions,
+                seed=seed + index,
+            )
+        seconds[group.name] += time.perf_counter() - begin
+    check_finite_weights(small)
+    rows = tuple(
+        _report(group, statistics[group.name], chosen[group.name], plan.lams[group.name], seconds[group.name])
+        for group in groups
+    )
+    report = PruneReport(
+        rows,
+        settings,
+        count_flops(original, data),
+        count_flops(small, data),
+        count_params(original),
+        count_params(small),
+        moments.samples,
+        time.perf_counter() - start,
+    )
+    small.train(model.training)
+    return Pruned(small, report, groups, chosen)
+
+
+def node_statistics(model: nn.Module, moments: Moments, group: Group, norm: str | None = None) -> NodeStatistics:
+    """Return what selection needs to know about a group, from channel-level moments of its consumer's inputs.
+
+    Args:
+        model: the network.
+        moments: of at least the group's consumer.
+        group: from `find_groups`.
+        norm: the batch norm that reads the consumer's outputs directly; its gain is multiplied into the consumer's
+            weights Z, so that the output loss is measured where the activation sees it.
+
+    Returns:
+        Covariance, Z^T Z (summed over kernel offsets or pixels) and magnitudes of the group's nodes.
+    """
+    consumer = get_layer(model, group.consumer)
+    weight = consumer.weight.detach().to(torch.float64)
+    if norm is not None:
+        weight = weight * norm_gain(model, norm).reshape(-1, *[1] * (weight.dim() - 1))
+    columns = weight.reshape(weight.shape[0], group.width, -1).transpose(1, 2).reshape(-1, group.width)
+    own = get_layer(model, group.name).weight.detach().to(torch.float64).flatten(1)
+    return NodeStatistics(
+        covariance=moments[group.consumer].node_covariance(group.width),
+        consumer_gram=(columns.T @ columns).cpu().numpy(),
+        magnitudes=own.norm(dim=1).cpu().numpy(),
+    )
+
+
+def norm_gain(model: nn.Module, name: str) -> Tensor:
+    """Return what a batch norm in evaluation mode multiplies each node with, gamma / sqrt(var + eps), in float64."""
+    norm = dict(model.named_modules())[name]
+    scale = (norm.get_buffer("running_var").to(torch.float64) + float(norm.eps)).rsqrt()  # type: ignore[arg-type]
+    return scale if norm.weight is None else scale * norm.weight.detach().to(torch.float64)  # type: ignore[operator, union-attr]
+
+
+def _check_arguments(
+    keep: float | None,
+    widths: Mapping[str, int] | None,
+    allocation: str,
+    selection: str,
+    theta: float,
+    reconstruction: str,
+    lam: float,
+    ridge: float,
+    positions: int | None,
+) -> None:
+    for label, value, allowed in (
+        ("allocation", allocation, ALLOCATIONS),
+        ("selection", selection, tuple(sorted(RULES))),
+        ("reconstruction", reconstruction, RECONSTRUCTIONS),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{label}={value!r}: expected one of {allowed}")
+    given = (keep is not None) + (widths is not None) + (allocation == "theory")
+    if given != 1:
+        raise ValueError(
+            f"give exactly one of keep={keep}, widths={widths} and allocation='theory' (allocation={allocation!r})"
+        )
+    if keep is not None and not 0.0 < keep <= 1.0:
+        raise ValueError(f"keep={keep}: expected the fraction to keep, above 0 and at most 1 (0.3 keeps 30 %)")
+    if not 0.0 <= theta <= 1.0:
+        raise ValueError(f"theta={theta}: expected a number between 0 and 1")
+    if not 0.0 < lam < 1e6:
+        raise ValueError(f"lam={lam}: expected a positive number, lambda relative to the trace of the covariance")
+    if not 0.0 <= ridge < 1e6:
+        raise ValueError(f"ridge={ridge}: expected a number that is not negative, relative to the mean eigenvalue")
+    if positions is not None and positions < 1:
+        raise ValueError(f"positions={positions}: expected at least 1, or None for all")
+
+
+def _allocate(
+    cost: CostModel,
+    statistics: Mapping[str, NodeStatistics],
+    keep: float | None,
+    widths: Mapping[str, int] | None,
+    allocation: str,
+    lam: float,
+) -> Allocation:
+    traces = {name: float(np.trace(entry.covariance)) for name, entry in statistics.items()}
+    dead = [name for name, trace in traces.items() if trace <= 0]
+    if dead:
+        raise ValueError(f"the nodes of {dead} are zero on all calibration data: nothing to measure; check the data")
+    if widths is not None:
+        wrong = {name: width for name, width in widths.items() if not 1 <= width <= cost.full.get(name, 0)}
+        if wrong:
+            raise ValueError(f"widths={wrong}: the groups and their full widths are {cost.full}")
+        return Allocation({**cost.full, **widths}, {name: lam * trace for name, trace in traces.items()})
+    if allocation == "uniform":
+        return uniform_allocation(cost, keep or 1.0, traces, lam)
+    spectra = {name: eigenvalues(entry.covariance) for name, entry in statistics.items()}
+    if allocation == "dof":
+        return dof_allocation(cost, keep or 1.0, spectra)
+    return theory_allocation(cost.full, spectra, lam)
+
+
+def _choose(
+    statistics: NodeStatistics,
+    plan: Allocation,
+    group: Group,
+    allocation: str,
+    selection: str,
+    theta: float,
+    generator: np.random.Generator,
+) -> WeightedNodes:
+    """Return the kept nodes of one group with their weights, in ascending order."""
+    width, lam = plan.widths[group.name], plan.lams[group.name]
+    scores = leverage_scores(statistics.covariance, lam)
+    if width == group.width and not (allocation == "theory" and selection == "leverage"):
+        return WeightedNodes(np.arange(group.width), np.ones(group.width))
+    if allocation == "theory" and selection == "leverage":
+        # the theorem's own draw: M independent nodes, repeated ones merged
+        dof = float(degrees_of_freedom(eigenvalues(statistics.covariance), lam))
+        return weighted_nodes(sample_nodes(scores, paper_width(dof), generator), scores)
+    indices = select_nodes(selection, statistics, width, lam=lam, theta=theta, generator=generator)
+    # A node without leverage gets the smallest weight there is: it carries nothing, but a rule may still choose it.
+    floor = np.finfo(np.float64).eps / len(scores)
+    return weighted_nodes(np.sort(indices), np.maximum(scores, floor))
+
+
+def _report(group: Group, statistics: NodeStatistics, nodes: WeightedNodes, lam: float, seconds: float) -> GroupReport:
+    check = feasibility(statistics.covariance, nodes, lam)
+    input_loss, output_loss = information_losses(statistics, nodes, lam)
+    return GroupReport(
+        group=group.name,
+        consumer=group.consumer,
+        width_before=group.width,
+        width_after=len(nodes.indices),
+        lam=lam,
+        dof=float(degrees_of_freedom(eigenvalues(statistics.covariance), lam)),
+        leverage_kept=float(leverage_scores(statistics.covariance, lam)[nodes.indices].sum()),
+        c=check.c,
+        s=check.s,
+        input_loss=input_loss,
+        output_loss=output_loss,
+        seconds=seconds,
+    )
