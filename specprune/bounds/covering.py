@@ -24,10 +24,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from specprune.bounds.bound import PRUNED, Bound, Hypothesis, check_count, check_number
-from specprune.bounds.occam import integer_code_length
-
-#: Exponent given to a norm that is exactly zero; any larger power of two would be a valid bound too.
-ZERO_NORM_EXPONENT = -20
+from specprune.bounds.occam import integer_code_length, power_of_two_above, power_of_two_below
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,8 @@ class LayerSize:
         weights: number of weights W_l.
         biases: number of biases b_l, 0 if there are none.
         operator_norm: at least ||W||_op, times the Lipschitz constant of what follows; pure number.
-        bias_norm: at least ||b||_2, in units of the layer's output; ignored without biases.
+        bias_norm: at least ||b||_2, in units of the layer's output (of a convolution: the norm of the whole shifted
+            map, sqrt(positions) * ||b||_2); ignored without biases.
     """
 
     weights: int
@@ -51,40 +49,6 @@ class LayerSize:
         check_count("biases", self.biases, low=0)
         check_number("operator_norm", self.operator_norm, 0.0)
         check_number("bias_norm", self.bias_norm, 0.0)
-
-
-def power_of_two_above(value: float) -> int:
-    """Return the smallest integer k with value <= 2^k.
-
-    Args:
-        value: a norm, at least 0.
-
-    Returns:
-        k; `ZERO_NORM_EXPONENT` for a norm of zero.
-
-    Raises:
-        ValueError: if the value is negative or not finite.
-    """
-    value = check_number("value", value, 0.0)
-    if value == 0:
-        return ZERO_NORM_EXPONENT
-    mantissa, exponent = math.frexp(value)  # value = mantissa * 2^exponent exactly, 1/2 <= mantissa < 1
-    return exponent - 1 if mantissa == 0.5 else exponent
-
-
-def power_of_two_below(value: float) -> int:
-    """Return the largest integer k with 2^k <= value.
-
-    Args:
-        value: a margin, positive.
-
-    Returns:
-        k.
-
-    Raises:
-        ValueError: if the value is not positive and finite.
-    """
-    return math.frexp(check_number("value", value, 0.0, open_low=True))[1] - 1
 
 
 def ramp_loss(logits: ArrayLike, labels: ArrayLike, gamma: float) -> float:
@@ -103,7 +67,7 @@ def ramp_loss(logits: ArrayLike, labels: ArrayLike, gamma: float) -> float:
     Raises:
         ValueError: if shapes or values are invalid.
 
-    Source: standard margin loss (Bartlett, Foster and Telgarsky 2017, Section 2).
+    Source: standard margin loss, as in Bartlett, Foster and Telgarsky 2017.
     """
     scores, classes = np.asarray(logits, dtype=np.float64), np.asarray(labels)
     gamma = check_number("gamma", gamma, 0.0, open_low=True)
@@ -215,8 +179,8 @@ def covering_bound(
     Raises:
         ValueError: if an input is out of range.
 
-    Source: standard covering argument; all constants derived here, in the roles of Suzuki et al. 2018/2020
-        (arXiv:1808.08558), Theorem 2.
+    Source: standard covering argument; all constants derived here, after the bias-variance bound of Suzuki et al.
+        2018/2020 (arXiv:1808.08558).
     """
     setting = _setting(
         layers, input_radius, n, gamma, delta, empirical_ramp, approximation_error, original_widths, measured_radius
@@ -239,7 +203,13 @@ def covering_bound(
             log_d = float(np.logaddexp(log_d, log_b))
     complexity = math.sqrt(log_cover / (2 * setting.n))
     total = math.sqrt((log_cover + price + math.log(1 / setting.delta)) / (2 * setting.n))
-    return _bound("covering (single scale)", setting, complexity + 2 / setting.n, total - complexity, "Theorem 2 form")
+    return _bound(
+        "covering (single scale)",
+        setting,
+        complexity + 2 / setting.n,
+        total - complexity,
+        "margin bound, one finite cover",
+    )
 
 
 def dudley_bound(
@@ -287,7 +257,7 @@ def dudley_bound(
         ValueError: if an input is out of range.
 
     Source: Dudley's integral with the constant 12 as in Bartlett, Foster and Telgarsky 2017, Lemma A.5; the rest
-        derived here, in the roles of Suzuki et al. 2018/2020 (arXiv:1808.08558), Theorem 2.
+        derived here, after Suzuki et al. 2018/2020 (arXiv:1808.08558).
     """
     setting = _setting(
         layers, input_radius, n, gamma, delta, empirical_ramp, approximation_error, original_widths, measured_radius
@@ -309,7 +279,7 @@ def dudley_bound(
     parameters = sum(layer.weights + layer.biases for layer in layers)
     variance = 24 * math.sqrt(parameters / setting.n * (1 + _log1p_exp(log_k)))
     confidence = math.sqrt((math.log(1 / setting.delta) + price) / (2 * setting.n))
-    return _bound("covering (Dudley)", setting, variance, confidence, "Theorem 2 form, entropy integral")
+    return _bound("covering (Dudley)", setting, variance, confidence, "margin bound, entropy integral")
 
 
 def _bound(name: str, setting: _Setting, variance: float, confidence: float, theorem: str) -> Bound:

@@ -171,7 +171,7 @@ def leverage_scores(covariance: ArrayLike, lam: float, *, tolerance: float = 1e-
     Raises:
         ValueError: if S is not a covariance matrix or is zero, or if lam is not positive.
 
-    Source: Suzuki et al. 2018/2020 (arXiv:1808.08558); Bach 2017 (JMLR 18), Section 4.
+    Source: Suzuki et al. 2018/2020 (arXiv:1808.08558); Bach 2017 (JMLR 18), optimised sampling.
     """
     matrix = check_covariance(covariance)
     lam = check_number("lam", lam, 0.0, open_low=True)

@@ -25,7 +25,7 @@ IndexArray = NDArray[np.int64]
 
 #: lambda_max(residual) <= 4 lambda is what the sampling theorem delivers (Bach 2017, Prop. 1).
 MAX_DISTORTION = 4.0
-#: sum(omega) <= 5/3 m is the extra constraint of Suzuki et al. 2018/2020, Theorem 1.
+#: sum(omega) <= 5/3 m: Markov's inequality leaves probability 2/5 for it (as recalled, Suzuki et al. ask the same).
 MAX_MASS = 5.0 / 3.0
 
 
@@ -233,7 +233,7 @@ def feasibility(covariance: ArrayLike, nodes: WeightedNodes, lam: float) -> Feas
     Raises:
         ValueError: as `residual_covariance`.
 
-    Source: conditions of Suzuki et al. 2018/2020 (arXiv:1808.08558), Theorem 1; Bach 2017, Prop. 1 (the 4).
+    Source: Bach 2017, Prop. 1 (the 4); both re-derived here, after Suzuki et al. 2018/2020 (arXiv:1808.08558).
     """
     residual = residual_covariance(covariance, nodes, lam)
     size = len(residual)

@@ -23,6 +23,9 @@ from numpy.typing import ArrayLike
 
 from specprune.bounds.bound import QUANTISED, Bound, FloatArray, check_count, check_number
 
+#: Exponent given to a norm that is exactly zero; any larger power of two would be a valid bound too.
+ZERO_NORM_EXPONENT = -20
+
 
 def integer_code_length(k: int) -> float:
     """Return the nats for any integer k, negative ones included: ln(2 (|k| + 1) (|k| + 2)).
@@ -42,6 +45,40 @@ def integer_code_length(k: int) -> float:
     """
     size = abs(check_count("k", k, low=-(2**62)))
     return math.log(2 * (size + 1) * (size + 2))
+
+
+def power_of_two_above(value: float) -> int:
+    """Return the smallest integer k with value <= 2^k.
+
+    Args:
+        value: a norm, at least 0.
+
+    Returns:
+        k; `ZERO_NORM_EXPONENT` for a norm of zero.
+
+    Raises:
+        ValueError: if the value is negative or not finite.
+    """
+    value = check_number("value", value, 0.0)
+    if value == 0:
+        return ZERO_NORM_EXPONENT
+    mantissa, exponent = math.frexp(value)  # value = mantissa * 2^exponent exactly, 1/2 <= mantissa < 1
+    return exponent - 1 if mantissa == 0.5 else exponent
+
+
+def power_of_two_below(value: float) -> int:
+    """Return the largest integer k with 2^k <= value.
+
+    Args:
+        value: a margin, positive.
+
+    Returns:
+        k.
+
+    Raises:
+        ValueError: if the value is not positive and finite.
+    """
+    return math.frexp(check_number("value", value, 0.0, open_low=True))[1] - 1
 
 
 def tensor_code_length(count: int, bits: int, k: int) -> float:
@@ -122,16 +159,19 @@ def quantise(tensor: ArrayLike, bits: int) -> Quantised:
         within half a step of the upper end 2^k move by up to one step.
 
     Raises:
-        ValueError: if an entry is NaN or infinite, the tensor is empty, or bits is below 1.
+        ValueError: if an entry is NaN or infinite, the tensor is empty, or bits is outside 1..53.
 
     Source: derived here (uniform quantiser).
     """
     array = np.asarray(tensor, dtype=np.float64)
     bits = check_count("bits", bits)
+    if bits > 53:
+        raise ValueError(f"bits must be at most 53, the digits of a float64, got {bits}")
     if array.size == 0 or not np.all(np.isfinite(array)):
         raise ValueError(f"tensor must be non-empty and finite, got shape {array.shape}")
     largest = float(np.max(np.abs(array)))
-    k = math.ceil(math.log2(largest)) if largest > 0 else 0
+    # Tensors below 2^-900 get the exponent -900, so that the step stays a normal float.
+    k = max(power_of_two_above(largest), -900) if largest > 0 else 0
     step = 2.0 ** (k + 1 - bits)
     levels = np.clip(np.round(array / step), -(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1)
     return Quantised(levels * step, k, bits)
@@ -155,13 +195,14 @@ def binary_kl(q: float, p: float) -> float:
     q, p = check_number("q", q, 0.0, 1.0), check_number("p", p, 0.0, 1.0)
     if (q > 0 and p == 0) or (q < 1 and p == 1):
         return math.inf
-    total = 0.0
-    # log1p of relative differences keeps the digits when p is close to q or to an end.
-    if q > 0:
-        total -= q * math.log1p((p - q) / q)
-    if q < 1:
-        total -= (1 - q) * math.log1p((q - p) / (1 - q))
-    return max(total, 0.0)
+    return max(_relative_entropy_part(q, p) + _relative_entropy_part(1 - q, 1 - p), 0.0)
+
+
+def _relative_entropy_part(a: float, b: float) -> float:
+    """Return a ln(a/b) without losing digits where a and b are close, or overflowing where they are far apart."""
+    if a == 0:
+        return 0.0
+    return -a * math.log1p((b - a) / a) if abs(b - a) < a / 2 else a * (math.log(a) - math.log(b))
 
 
 def invert_binary_kl(q: float, budget: float) -> float:

@@ -2,7 +2,8 @@
 
 Notation of every function: S is the (m, m) noncentered covariance of a layer's node outputs, lambda the
 regularisation, N = N(lambda) its degrees of freedom, J the kept nodes with their weights omega (module `nodes`).
-Suzuki et al. state the approximation theorem with unnamed universal constants; the constants here are derived.
+The theorems follow Suzuki et al. 2018/2020 (arXiv:1808.08558), which has unnamed universal constants; every constant
+here is derived.  Theorem numbers of that paper are as recalled, not re-checked against its text.
 """
 
 from __future__ import annotations

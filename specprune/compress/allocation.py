@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from specprune.bounds import degrees_of_freedom, paper_width
+from specprune.bounds.degrees_of_freedom import degrees_of_freedom
+from specprune.bounds.spectral import paper_width
 from specprune.compress.cost import CostModel
 
 ALLOCATIONS = ("uniform", "dof", "theory")

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.linalg import lapack
 
-from specprune.bounds import WeightedNodes, leverage_scores, residual_covariance
+from specprune.bounds.degrees_of_freedom import leverage_scores
+from specprune.bounds.nodes import WeightedNodes, residual_covariance
 
 BLOCK = 128
 _RANK_TOLERANCE = 1e-13

@@ -13,17 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from specprune._records import format_table, to_json
-from specprune.bounds import (
-    WeightedNodes,
-    degrees_of_freedom,
-    eigenvalues,
-    feasibility,
-    leverage_scores,
-    paper_width,
-    reconstruction_matrix,
-    sample_nodes,
-    weighted_nodes,
-)
+from specprune.bounds.degrees_of_freedom import degrees_of_freedom, eigenvalues, leverage_scores
+from specprune.bounds.nodes import WeightedNodes, feasibility, reconstruction_matrix, sample_nodes, weighted_nodes
+from specprune.bounds.spectral import paper_width
 from specprune.compress.allocation import (
     ALLOCATIONS,
     Allocation,

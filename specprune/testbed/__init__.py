@@ -26,7 +26,6 @@ __all__ = [
     "cache_folder",
     "default_recipe",
     "download_dataset",
-    "download_dataset",
     "evaluate",
     "load_checkpoint",
     "load_dataset",

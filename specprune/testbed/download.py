@@ -7,7 +7,6 @@ import hashlib
 import http.client
 import logging
 import os
-import re
 import shutil
 import tarfile
 import urllib.error
@@ -140,8 +139,9 @@ def _transfer(url: str, file: RemoteFile, part: Path, start: int, progress: bool
         headers["Range"] = f"bytes={start}-"
     request = urllib.request.Request(url, headers=headers)
     with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as response:
-        if start and not _continues(response, start):
+        if start and response.status != HTTPStatus.PARTIAL_CONTENT:
             start = 0
+        _check_range(response, start)
         length = response.headers.get("Content-Length")
         total = start + int(length) if length and length.isdigit() else None
         most = _most_bytes(file)
@@ -171,10 +171,12 @@ def _transfer(url: str, file: RemoteFile, part: Path, start: int, progress: bool
     return start
 
 
-def _continues(response: http.client.HTTPResponse, start: int) -> bool:
-    """Return whether a response goes on from byte `start` as asked."""
-    found = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
-    return response.status == HTTPStatus.PARTIAL_CONTENT and found is not None and int(found[1]) == start
+def _check_range(response: http.client.HTTPResponse, start: int) -> None:
+    """Refuse a partial answer that does not begin at byte `start`."""
+    if response.status == HTTPStatus.PARTIAL_CONTENT:
+        stated = response.headers.get("Content-Range", "")
+        if not stated.startswith(f"bytes {start}-"):
+            raise ConnectionError(f"asked for the bytes from {start} on, got Content-Range {stated!r}")
 
 
 def _most_bytes(file: RemoteFile) -> int:
