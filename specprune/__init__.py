@@ -1,0 +1,27 @@
+"""Spectral pruning of neural networks, and the compression-based generalization bounds behind it.
+
+result = specprune.prune(model, batches, keep=0.3)     # a smaller, ordinary module and a report
+print(specprune.layer_spectra(model, batches))         # degrees of freedom of every layer
+print(specprune.tradeoff(model, train, test))          # bias, variance, bounds and measured errors
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from specprune.analysis import bound_table, layer_spectra, tradeoff
+from specprune.compress import collect_moments, load_pruned, prune, save_pruned
+
+try:
+    __version__ = version("specprune")
+except PackageNotFoundError:  # run from a source tree that is not installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "__version__",
+    "bound_table",
+    "collect_moments",
+    "layer_spectra",
+    "load_pruned",
+    "prune",
+    "save_pruned",
+    "tradeoff",
+]

@@ -181,7 +181,9 @@ def _a_priori(before: tuple[ChainLayer, ...], pruned: Pruned, output_norm: float
         last = layer is before[-1]
         norms.append(float(np.linalg.norm(flat)) if last else math.sqrt(len(flat)) * float(row_norms.max()))
         lams.append(0.0 if whole else entry.lam)
-        checks.append(Feasibility(1.0, 1.0, True) if whole else Feasibility(entry.c, entry.s, entry.c <= 4 and entry.s <= 5 / 3))
+        checks.append(
+            Feasibility(1.0, 1.0, True) if whole else Feasibility(entry.c, entry.s, entry.c <= 4 and entry.s <= 5 / 3)
+        )
         scales.append(math.sqrt(layer.positions_in * group.slots))
         spreads.append(layer.slots * group.slots * layer.lipschitz**2)
     return approximation_a_priori(

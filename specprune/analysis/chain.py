@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.nn import functional
 from specprune.compress.batches import CalibrationData
 from specprune.compress.layers import is_layer
 
-# Lipschitz constants of elementwise activations; every one of them also maps a smaller layer's nodes one by one.
+# Lipschitz constants of elementwise activations that never decrease and map 0 to 0, as the theory asks.
 _ACTIVATIONS: dict[type[nn.Module], float] = {
     nn.ReLU: 1.0,
     nn.ReLU6: 1.0,
@@ -30,19 +30,16 @@ _ACTIVATIONS: dict[type[nn.Module], float] = {
     nn.Dropout2d: 1.0,
     nn.Tanh: 1.0,
     nn.Hardtanh: 1.0,
-    nn.Sigmoid: 0.25,
-    nn.Softplus: 1.0,
     nn.Flatten: 1.0,
 }
 _FUNCTIONS: dict[Callable[..., Any], float] = {
     torch.relu: 1.0,
     functional.relu: 1.0,
     torch.tanh: 1.0,
-    torch.sigmoid: 0.25,
     torch.flatten: 1.0,
     functional.dropout: 1.0,
 }
-_METHODS = {"relu": 1.0, "tanh": 1.0, "sigmoid": 0.25, "flatten": 1.0}
+_METHODS = {"relu": 1.0, "tanh": 1.0, "flatten": 1.0}
 
 
 @dataclass(frozen=True)
@@ -92,7 +89,9 @@ def trace_chain(model: nn.Module, data: CalibrationData) -> tuple[ChainLayer, ..
     try:
         graph = fx.symbolic_trace(work).graph
     except Exception as error:  # torch.fx raises many kinds of exceptions for what it cannot trace
-        raise ValueError(f"torch.fx cannot trace {type(model).__name__}, so it is not known to be a chain: {error}") from error
+        raise ValueError(
+            f"torch.fx cannot trace {type(model).__name__}, so it is not known to be a chain: {error}"
+        ) from error
     modules = dict(work.named_modules())
     layers: list[ChainLayer] = []
     previous: fx.Node | None = None
@@ -118,7 +117,7 @@ def trace_chain(model: nn.Module, data: CalibrationData) -> tuple[ChainLayer, ..
             layers[-1] = _fold(layers[-1], module)
             continue
         foldable = False
-        factor = _lipschitz(node, module)
+        factor = _lipschitz(node, module, shapes)
         if layers:
             pooled = isinstance(module, nn.MaxPool2d | nn.AvgPool2d | nn.AdaptiveAvgPool2d)
             layers[-1] = replace(
@@ -144,16 +143,13 @@ def _shapes(work: nn.Module, data: CalibrationData) -> dict[str, tuple[torch.Siz
     data.call(work, data.first())
     for hook in hooks:
         hook.remove()
-    for name, module in work.named_modules():
-        if isinstance(module, nn.AdaptiveAvgPool2d) and name in shapes:
-            module.__dict__["_map_shapes"] = shapes[name]  # the private copy carries what its constant depends on
     return shapes
 
 
 def _layer(name: str, module: nn.Module, inputs: torch.Size, outputs: torch.Size) -> ChainLayer:
     weight = module.get_parameter("weight").detach().to(torch.float64).cpu()
     bias = module.bias
-    shift = np.zeros(len(weight)) if bias is None else bias.detach().to(torch.float64).cpu().numpy()  # type: ignore[union-attr, operator]
+    shift = bias.detach().to(torch.float64).cpu().numpy() if isinstance(bias, Tensor) else np.zeros(len(weight))
     if isinstance(module, nn.Conv2d):
         if module.padding_mode != "zeros":
             raise ValueError(f"layer {name!r} pads with {module.padding_mode!r}; only zero padding is covered")
@@ -181,7 +177,7 @@ def _fold(layer: ChainLayer, norm: nn.Module) -> ChainLayer:
     return replace(layer, weight=weight, bias=bias)
 
 
-def _lipschitz(node: fx.Node, module: nn.Module | None) -> float:
+def _lipschitz(node: fx.Node, module: nn.Module | None, shapes: Mapping[str, tuple[torch.Size, torch.Size]]) -> float:
     """Return the Lipschitz constant of one operation between feature maps, in the Euclidean norm of the whole map."""
     if module is not None:
         if type(module) in _ACTIVATIONS:
@@ -193,19 +189,20 @@ def _lipschitz(node: fx.Node, module: nn.Module | None) -> float:
         if isinstance(module, nn.MaxPool2d | nn.AvgPool2d):
             return _pool_constant(module)
         if isinstance(module, nn.AdaptiveAvgPool2d):
-            before, after = module.__dict__["_map_shapes"]
+            before, after = shapes[str(node.target)]
             windows = [before[axis] / after[axis] for axis in (2, 3)]
             if all(float(window).is_integer() for window in windows):
                 return 1.0 / math.sqrt(windows[0] * windows[1])
             raise ValueError(f"{node.target!r}: adaptive pooling with unequal windows is not covered")
     elif node.op == "call_function" and node.target in _FUNCTIONS:
-        return _FUNCTIONS[node.target]  # type: ignore[index]
+        return _FUNCTIONS[node.target]
     elif node.op == "call_method" and node.target in _METHODS:
         return _METHODS[str(node.target)]
     what = type(module).__name__ if module is not None else str(node.target)
     raise ValueError(
-        f"the Lipschitz constant of {node.name!r} ({what}) is not known here; the theory covers {sorted(k.__name__ for k in _ACTIVATIONS)}, "
-        "LeakyReLU, ELU, max and average pooling, and batch norm right behind a layer"
+        f"the Lipschitz constant of {node.name!r} ({what}) is not known here; the theory covers "
+        f"{sorted(kind.__name__ for kind in _ACTIVATIONS)}, LeakyReLU, ELU, max and average pooling, and batch norm "
+        "right behind a layer"
     )
 
 

@@ -2,9 +2,9 @@
 
 Let u be the error at the pre-activation of one layer, with known second moment E = E_n[u u^T].  An elementwise
 activation with slopes in [0, L] turns it into delta = s * u with unknown s in [0, L], that is
-delta = (L/2) u + (L/2) r * u with |r| <= 1.  The next layer W gives W delta = (L/2) W u + (L/2) W (r * u): the first part
-has the known second moment (L/2)^2 W E W^T, the second is bounded by the operator norm.  Keeping u = p + q with p known
-exactly and ||q|| <= rho, in any weighted norms ||v||^2 = sum_j omega_j v_j^2 with operator norms Gamma between them,
+delta = (L/2) u + (L/2) r * u with |r| <= 1.  The next layer W gives W delta = (L/2) W u + (L/2) W (r * u): the first
+part has the known second moment (L/2)^2 W E W^T, the second is bounded by the operator norm.  Keep u = p + q with p
+known exactly and ||q|| <= rho, in weighted norms ||v||^2 = sum_j omega_j v_j^2 with operator norms Gamma between them:
 
     p' = (L/2) W p,      rho' = L Gamma (rho + ||p|| / 2).
 
@@ -15,6 +15,7 @@ rho' = L Gamma (rho + ||p||).
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -42,7 +43,7 @@ def carried_error(
         The smallest value found over the norm weights; each candidate is valid.
     """
     error = torch.from_numpy(np.ascontiguousarray(moment, dtype=np.float64))
-    steps = [(torch.from_numpy(np.ascontiguousarray(new.weight)), old, new) for old, new in zip(layers, layers[1:], strict=False)]
+    steps = [(torch.from_numpy(np.ascontiguousarray(new.weight)), old, new) for old, new in itertools.pairwise(layers)]
     if not steps:
         return math.sqrt(max(0.0, float(torch.trace(error))))
     ones = [torch.zeros(len(layer.bias), dtype=torch.float64) for layer in layers[:-1]]
@@ -65,9 +66,7 @@ def carried_error(
     return best
 
 
-def _bound(
-    error: Tensor, steps: Sequence[tuple[Tensor, ChainLayer, ChainLayer]], logs: Sequence[Tensor]
-) -> Tensor:
+def _bound(error: Tensor, steps: Sequence[tuple[Tensor, ChainLayer, ChainLayer]], logs: Sequence[Tensor]) -> Tensor:
     """Return ||p|| + rho at the output for the norm weights exp(logs)."""
     exact: Tensor | None = error
     known = (logs[0].exp() * error.diagonal()).sum().clamp_min(0).sqrt()

@@ -147,12 +147,13 @@ class Quantised:
     bits: int
 
 
-def quantise(tensor: ArrayLike, bits: int) -> Quantised:
-    """Round a tensor to 2^bits equally spaced values in [-2^k, 2^k), with the smallest k that clips nothing.
+def quantise(tensor: ArrayLike, bits: int, exponent: int | None = None) -> Quantised:
+    """Round a tensor to 2^bits equally spaced values in [-2^k, 2^k), by default the smallest k that clips nothing.
 
     Args:
         tensor: finite numbers of any shape.
         bits: bits an entry, at least 1.
+        exponent: k; a smaller one than the default clips the largest entries and rounds the others more finely.
 
     Returns:
         The rounded tensor with its exponent; no entry moves by more than half a grid step, except that entries
@@ -172,6 +173,8 @@ def quantise(tensor: ArrayLike, bits: int) -> Quantised:
     largest = float(np.max(np.abs(array)))
     # Tensors below 2^-900 get the exponent -900, so that the step stays a normal float.
     k = max(power_of_two_above(largest), -900) if largest > 0 else 0
+    if exponent is not None:
+        k = max(int(exponent), -900)
     step = 2.0 ** (k + 1 - bits)
     levels = np.clip(np.round(array / step), -(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1)
     return Quantised(levels * step, k, bits)

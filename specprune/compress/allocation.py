@@ -14,6 +14,7 @@ from specprune.compress.cost import CostModel
 
 ALLOCATIONS = ("uniform", "dof", "theory")
 _STEPS = 60
+_ROUNDING = 1e-12  # a budget that is met exactly must not fail by the last bit
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def dof_allocation(cost: CostModel, keep: float, spectra: Mapping[str, np.ndarra
     relative = {name: values / values.sum() for name, values in spectra.items()}
 
     def lam_of(fraction: float) -> float:
-        return 10.0 ** (2.0 - 16.0 * fraction)
+        return 10.0 ** (2.0 - 14.0 * fraction)
 
     def widths(fraction: float) -> dict[str, int]:
         lam = lam_of(fraction)
@@ -81,8 +82,10 @@ def dof_allocation(cost: CostModel, keep: float, spectra: Mapping[str, np.ndarra
     return Allocation(chosen, {name: lam_of(position) * float(values.sum()) for name, values in spectra.items()})
 
 
-def theory_allocation(full: Mapping[str, int], spectra: Mapping[str, np.ndarray], lam: float) -> Allocation:
-    """Keep the width of the theorem, m_l = ceil(5 N_l log(80 N_l)), at lambda_l = lam * Tr Sigma_l.
+def lambda_allocation(
+    full: Mapping[str, int], spectra: Mapping[str, np.ndarray], lam: float, *, theory: bool
+) -> Allocation:
+    """Keep what lambda_l = lam * Tr Sigma_l asks for: m_l = ceil(N_l), or the theorem's ceil(5 N_l log(80 N_l)).
 
     The theorem often asks for more nodes than there are; then the group stays whole.
 
@@ -90,12 +93,21 @@ def theory_allocation(full: Mapping[str, int], spectra: Mapping[str, np.ndarray]
         full: group name to its full width.
         spectra: group name to the eigenvalues of Sigma.
         lam: relative lambda > 0.
+        theory: whether the theorem's width is taken.
+
+    Raises:
+        ValueError: `theory`, and lambda_l exceeds the largest eigenvalue of a group: the theorem is silent there.
     """
     lams = {name: lam * float(values.sum()) for name, values in spectra.items()}
-    widths = {
-        name: min(full[name], paper_width(float(degrees_of_freedom(values, lams[name]))))
-        for name, values in spectra.items()
-    }
+    widths = {}
+    for name, values in spectra.items():
+        if theory and lams[name] > float(values.max()):
+            raise ValueError(
+                f"lam={lam}: the theorem needs lambda at most the largest eigenvalue, which is "
+                f"{float(values.max() / values.sum()):.4g} of the trace in group {name!r}; ask for less"
+            )
+        dof = float(degrees_of_freedom(values, lams[name]))
+        widths[name] = min(full[name], paper_width(dof) if theory else max(1, math.ceil(dof)))
     return Allocation(widths, lams)
 
 
@@ -105,7 +117,7 @@ def _largest(cost: CostModel, keep: float, widths: Callable[[float], dict[str, i
 
 def _bisect(cost: CostModel, keep: float, widths: Callable[[float], dict[str, int]]) -> float:
     """Return the largest position in [0, 1] whose widths fit the budget; widths must grow with the position."""
-    budget = keep * cost.total()
+    budget = keep * cost.total() * (1 + _ROUNDING)
     low, high = 0.0, 1.0
     if cost.total(widths(low)) > budget:
         smallest = cost.total(widths(low)) / cost.total()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from tqdm import tqdm
 Forward = Callable[[nn.Module, Any], Tensor]
 
 
-class StopForward(Exception):  # noqa: N818 - a signal, not an error
+class StopForward(Exception):
     """Raised by a hook to leave a forward pass once it has seen what it needs."""
 
 
@@ -113,15 +113,20 @@ class CalibrationData:
         self._forward = forward
         self._first_pass: tuple[int, float] | None = None
 
-    def first(self) -> Any:
+    def first(self, model: nn.Module | None = None) -> Any:
         """Return the first batch.
 
+        Args:
+            model: if given, the batch must share its device and dtype.
+
         Raises:
-            ValueError: there is no batch, or it has no sample.
+            ValueError: there is no batch, it has no sample, or device or dtype do not match.
         """
         for batch in self._batches:
             if batch_size(batch) == 0:
                 raise ValueError("the first batch has no samples: give at least one sample")
+            if model is not None:
+                _check_batch(0, batch, model)
             return batch
         raise ValueError("batches is empty: give at least one batch")
 
@@ -140,7 +145,7 @@ class CalibrationData:
             ValueError: no batch or no sample, a device or dtype mismatch, or other data than on the first pass.
         """
         samples, checksum = 0, 0.0
-        total = len(self._batches) if hasattr(self._batches, "__len__") else None
+        total = len(self._batches) if isinstance(self._batches, Sized) else None
         for index, batch in enumerate(tqdm(self._batches, desc=title, total=total, leave=False, disable=None)):
             _check_batch(index, batch, model)
             samples += batch_size(batch)

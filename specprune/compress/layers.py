@@ -31,7 +31,7 @@ def get_layer(model: nn.Module, name: str) -> Layer:
     modules = dict(model.named_modules())
     if name not in modules or not is_layer(modules[name]):
         raise ValueError(f"no Linear or ungrouped Conv2d layer called {name!r}; the model has {layer_names(model)}")
-    return modules[name]  # type: ignore[return-value]
+    return modules[name]
 
 
 def weight_matrix(layer: Layer) -> Tensor:

@@ -1,4 +1,4 @@
-"""Streaming second moments of what each layer receives: one pass, float64, mergeable, independent of the sample size."""
+"""Streaming second moments of what each layer receives: one pass, float64, mergeable, memory free of sample size."""
 
 from __future__ import annotations
 
@@ -158,9 +158,7 @@ class _Collector:
         if self.level == "channel":
             rows = channel_rows(self.layer, inputs)
         else:
-            rows = patch_rows(
-                self.layer, inputs, Positions.draw(self.layer, inputs, self.positions, self.generator)
-            )
+            rows = patch_rows(self.layer, inputs, Positions.draw(self.layer, inputs, self.positions, self.generator))
         moments = LayerMoments.of(rows)
         self.into[self.name] = self.into[self.name] + moments if self.name in self.into else moments
 
@@ -217,9 +215,7 @@ def collect_moments(
         raise ValueError(f"the layers {missing} did not run in the forward pass; leave them out")
     for name, moments in found.items():
         if not bool(torch.isfinite(moments.gram.diagonal()).all()):
-            raise ValueError(
-                f"NaN or Inf in the inputs of layer {name!r}: check the data and the layers before it"
-            )
+            raise ValueError(f"NaN or Inf in the inputs of layer {name!r}: check the data and the layers before it")
     return Moments(found, samples, level)
 
 

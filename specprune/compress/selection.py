@@ -134,7 +134,8 @@ def _greedy_block(
 ) -> tuple[list[int], np.ndarray, np.ndarray]:
     """Pick `block` nodes; return them and the factors V, Z with K -= V^T V and G -= Z^T V + V^T Z.
 
-    After pivot p: v = K_p / sqrt(K_pp), g = G_p / sqrt(K_pp), n = g_p / sqrt(K_pp), and G loses g v^T + v g^T - n v v^T.
+    After pivot p, with v = K_p / sqrt(K_pp), g = G_p / sqrt(K_pp) and n = g_p / sqrt(K_pp), K loses v v^T and G loses
+    g v^T + v g^T - n v v^T.
     """
     m = len(residual)
     v_all, z_all, curvature = np.zeros((block, m)), np.zeros((block, m)), np.zeros(block)

@@ -20,7 +20,7 @@ from specprune.compress.allocation import (
     ALLOCATIONS,
     Allocation,
     dof_allocation,
-    theory_allocation,
+    lambda_allocation,
     uniform_allocation,
 )
 from specprune.compress.batches import CalibrationData, Forward
@@ -129,6 +129,7 @@ def prune(
     keep: float | None = None,
     *,
     widths: Mapping[str, int] | None = None,
+    moments: Moments | None = None,
     measure: str = "flops",
     allocation: str = "uniform",
     selection: str = "greedy",
@@ -148,15 +149,16 @@ def prune(
     Args:
         model: a chain of Linear, Conv2d, BatchNorm, activations, pooling, dropout and flattening; stays bit for bit.
         batches: re-iterable of `(inputs, targets)`, of inputs alone, or of mappings, on the model's device.
-        keep: fraction of `measure` to keep, in (0, 1]; not with `widths` nor with allocation="theory".
+        keep: fraction of `measure` to keep, in (0, 1]; left out with `widths`, and where `lam` gives the widths.
         widths: group name to number of nodes, instead of `keep`; groups that are not named stay whole.
+        moments: channel-level moments of this model over these batches, from `collect_moments`; collected if None.
         measure: "flops" (`torch.utils.flop_counter`, two a multiply-add), "params" or "nodes".
-        allocation: "uniform" (same fraction everywhere), "dof" (degrees of freedom at a common relative lambda that
-            meets the budget), or "theory" (5 N log(80 N) nodes at `lam`).
+        allocation: "uniform" (same fraction everywhere), "dof" (degrees of freedom at a common relative lambda: the
+            one that meets `keep`, or `lam` without `keep`), or "theory" (5 N log(80 N) nodes at `lam`).
         selection: "greedy", "leverage", "cholesky", "magnitude" or "random".
         theta: weight of the input information loss against the output loss in the greedy rule, 0..1.
         reconstruction: "sequential", "patch", "channel" (the paper's) or "none".
-        lam: relative lambda, lambda_l = lam * Tr Sigma_l; "dof" finds its own.
+        lam: relative lambda, lambda_l = lam * Tr Sigma_l; "dof" with `keep` finds its own.
         ridge: relative ridge of the least squares in "sequential" and "patch".
         positions: output positions per image that the least squares of a convolution sees; None takes all.
         forward: optional `forward(model, batch)` for models that are called in another way.
@@ -193,11 +195,11 @@ def prune(
     data = batches if isinstance(batches, CalibrationData) else CalibrationData(batches, forward)
     original = copy.deepcopy(model).eval()
     groups = find_groups(original, data)
-    moments = collect_moments(original, data, [group.consumer for group in groups])
+    if moments is None:
+        moments = collect_moments(original, data, [group.consumer for group in groups])
+    _check_moments(moments, original, groups)
     norms = {group.name: group.direct_norm for group in groups}
-    statistics = {
-        group.name: node_statistics(original, moments, group, norms.get(group.consumer)) for group in groups
-    }
+    statistics = {group.name: node_statistics(original, moments, group, norms.get(group.consumer)) for group in groups}
     cost = cost_model(original, data, groups, measure)
     plan = _allocate(cost, statistics, keep, widths, allocation, lam)
     generator = np.random.default_rng(seed)
@@ -283,9 +285,9 @@ def node_statistics(model: nn.Module, moments: Moments, group: Group, norm: str 
 
 def norm_gain(model: nn.Module, name: str) -> Tensor:
     """Return what a batch norm in evaluation mode multiplies each node with, gamma / sqrt(var + eps), in float64."""
-    norm = dict(model.named_modules())[name]
-    scale = (norm.get_buffer("running_var").to(torch.float64) + float(norm.eps)).rsqrt()  # type: ignore[arg-type]
-    return scale if norm.weight is None else scale * norm.weight.detach().to(torch.float64)  # type: ignore[operator, union-attr]
+    norm: Any = dict(model.named_modules())[name]
+    scale = (norm.running_var.to(torch.float64) + norm.eps).rsqrt()
+    return scale if norm.weight is None else scale * norm.weight.detach().to(torch.float64)
 
 
 def _check_arguments(
@@ -306,10 +308,11 @@ def _check_arguments(
     ):
         if value not in allowed:
             raise ValueError(f"{label}={value!r}: expected one of {allowed}")
-    given = (keep is not None) + (widths is not None) + (allocation == "theory")
-    if given != 1:
+    by_lambda = keep is None and widths is None and allocation in ("dof", "theory")
+    if by_lambda + (keep is not None) + (widths is not None) != 1 or (keep is not None and allocation == "theory"):
         raise ValueError(
-            f"give exactly one of keep={keep}, widths={widths} and allocation='theory' (allocation={allocation!r})"
+            f"keep={keep}, widths={widths}, allocation={allocation!r}: give keep, or widths, or neither of them with "
+            "allocation='dof' or 'theory', which then take the widths from lam"
         )
     if keep is not None and not 0.0 < keep <= 1.0:
         raise ValueError(f"keep={keep}: expected the fraction to keep, above 0 and at most 1 (0.3 keeps 30 %)")
@@ -321,6 +324,20 @@ def _check_arguments(
         raise ValueError(f"ridge={ridge}: expected a number that is not negative, relative to the mean eigenvalue")
     if positions is not None and positions < 1:
         raise ValueError(f"positions={positions}: expected at least 1, or None for all")
+
+
+def _check_moments(moments: Moments, model: nn.Module, groups: tuple[Group, ...]) -> None:
+    for group in groups:
+        weight = get_layer(model, group.consumer).weight
+        if moments.level != "channel" or group.consumer not in moments:
+            raise ValueError(
+                f"moments of {moments.level} level for {list(moments)}: expected channel level, with {group.consumer!r}"
+            )
+        if len(moments[group.consumer].total) != weight.shape[1]:
+            raise ValueError(
+                f"the moments of {group.consumer!r} have {len(moments[group.consumer].total)} columns, the layer reads "
+                f"{weight.shape[1]}: they are of another model"
+            )
 
 
 def _allocate(
@@ -340,12 +357,12 @@ def _allocate(
         if wrong:
             raise ValueError(f"widths={wrong}: the groups and their full widths are {cost.full}")
         return Allocation({**cost.full, **widths}, {name: lam * trace for name, trace in traces.items()})
-    if allocation == "uniform":
-        return uniform_allocation(cost, keep or 1.0, traces, lam)
+    if allocation == "uniform" and keep is not None:
+        return uniform_allocation(cost, keep, traces, lam)
     spectra = {name: eigenvalues(entry.covariance) for name, entry in statistics.items()}
-    if allocation == "dof":
-        return dof_allocation(cost, keep or 1.0, spectra)
-    return theory_allocation(cost.full, spectra, lam)
+    if allocation == "dof" and keep is not None:
+        return dof_allocation(cost, keep, spectra)
+    return lambda_allocation(cost.full, spectra, lam, theory=allocation == "theory")
 
 
 def _choose(
@@ -373,7 +390,12 @@ def _choose(
 
 
 def _report(group: Group, statistics: NodeStatistics, nodes: WeightedNodes, lam: float, seconds: float) -> GroupReport:
-    check = feasibility(statistics.covariance, nodes, lam)
+    spectrum = eigenvalues(statistics.covariance)
+    if len(nodes.indices) == group.width:  # in closed form: the difference of matrices would be rounding noise
+        c, s = float(spectrum[0] / (spectrum[0] + lam)), float(np.mean(nodes.weights))
+    else:
+        check = feasibility(statistics.covariance, nodes, lam)
+        c, s = check.c, check.s
     input_loss, output_loss = information_losses(statistics, nodes, lam)
     return GroupReport(
         group=group.name,
@@ -381,10 +403,10 @@ def _report(group: Group, statistics: NodeStatistics, nodes: WeightedNodes, lam:
         width_before=group.width,
         width_after=len(nodes.indices),
         lam=lam,
-        dof=float(degrees_of_freedom(eigenvalues(statistics.covariance), lam)),
+        dof=float(degrees_of_freedom(spectrum, lam)),
         leverage_kept=float(leverage_scores(statistics.covariance, lam)[nodes.indices].sum()),
-        c=check.c,
-        s=check.s,
+        c=c,
+        s=s,
         input_loss=input_loss,
         output_loss=output_loss,
         seconds=seconds,

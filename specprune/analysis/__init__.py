@@ -1,0 +1,27 @@
+"""Questions to a trained network and its data: spectra, approximation errors, bound tables, the trade-off curve."""
+
+from specprune.analysis.approximation import Approximation, approximation, output_distance
+from specprune.analysis.chain import ChainLayer, trace_chain
+from specprune.analysis.propagation import carried_error
+from specprune.analysis.spectra import LayerSpectrum, Spectra, layer_spectra
+from specprune.analysis.tightness import BoundTable, OccamResult, bound_table, occam_results
+from specprune.analysis.tradeoff import Tradeoff, TradeoffPoint, tradeoff
+
+__all__ = [
+    "Approximation",
+    "BoundTable",
+    "ChainLayer",
+    "LayerSpectrum",
+    "OccamResult",
+    "Spectra",
+    "Tradeoff",
+    "TradeoffPoint",
+    "approximation",
+    "bound_table",
+    "carried_error",
+    "layer_spectra",
+    "occam_results",
+    "output_distance",
+    "trace_chain",
+    "tradeoff",
+]

@@ -1,0 +1,58 @@
+"""What a network answers on labelled data: logits, error rate, margins."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import torch
+from torch import nn
+
+from specprune.compress.batches import CalibrationData, batch_targets
+
+
+@torch.no_grad()
+def collect_logits(model: nn.Module, data: CalibrationData, title: str = "evaluating") -> tuple[np.ndarray, np.ndarray]:
+    """Return a classifier's logits and the true classes.
+
+    Args:
+        model: run in evaluation mode on a copy.
+        data: labelled batches.
+        title: what the progress bar says.
+
+    Returns:
+        (n, classes) float64 logits and (n,) integer targets.
+
+    Raises:
+        TypeError: batches without targets.
+        ValueError: outputs that are not (n, classes) or not finite, or targets that are no class numbers.
+    """
+    work = copy.deepcopy(model).eval()
+    logits, targets = [], []
+    for batch in data.passes(work, title):
+        logits.append(data.call(work, batch).to(torch.float64).cpu().numpy())
+        targets.append(batch_targets(batch).cpu().numpy())
+    outputs, labels = np.concatenate(logits), np.concatenate(targets)
+    if outputs.ndim != 2 or outputs.shape[1] < 2 or labels.shape != (len(outputs),):
+        raise ValueError(
+            f"outputs of shape {outputs.shape} and targets of shape {labels.shape}: expected a classifier's "
+            "(n, classes) logits with at least two classes, and (n,) class numbers"
+        )
+    if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0 or labels.max() >= outputs.shape[1]:
+        raise ValueError(
+            f"targets of dtype {labels.dtype} between {labels.min()} and {labels.max()}: expected integers from 0 to "
+            f"{outputs.shape[1] - 1}"
+        )
+    if not np.all(np.isfinite(outputs)):
+        raise ValueError("the network's outputs have NaN or Inf: check its weights and the data")
+    return outputs, labels
+
+
+def error_rate(logits: np.ndarray, targets: np.ndarray) -> float:
+    """Return the fraction of samples whose largest logit is not that of the true class, in [0, 1]."""
+    return float(np.mean(logits.argmax(axis=1) != targets))
+
+
+def root_mean_square(values: np.ndarray) -> float:
+    """Return sqrt of the mean over samples of the squared Euclidean norm of the rows, ||f||_n."""
+    return float(np.sqrt(np.mean(np.sum(np.square(values), axis=1))))
