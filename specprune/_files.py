@@ -7,6 +7,7 @@ import json
 import os
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -16,6 +17,18 @@ import numpy as np
 from specprune._records import to_json
 
 HEADER = "__header__"
+#: what NumPy and zipfile raise on damaged files, and on files of another kind
+_DAMAGE = (
+    ValueError,
+    KeyError,
+    TypeError,
+    OSError,
+    EOFError,
+    RuntimeError,  # with its NotImplementedError: "encrypted", "compression method is not supported"
+    MemoryError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 @contextlib.contextmanager
@@ -85,7 +98,7 @@ def load_arrays(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, np.n
         with np.load(target, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
         header = json.loads(arrays.pop(HEADER).tobytes().decode("utf-8"))
-    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except _DAMAGE as error:
         raise ValueError(f"{target}: not a readable specprune {kind} file ({error})") from error
     if not isinstance(header, dict) or header.get("kind") != kind:
         found = header.get("kind") if isinstance(header, dict) else None

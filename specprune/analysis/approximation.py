@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,12 +13,18 @@ from torch import nn
 
 from specprune._records import format_table, to_json
 from specprune.analysis.chain import ChainLayer, trace_chain
+from specprune.analysis.evaluation import DoubleBatches, double_batch, double_copy
 from specprune.analysis.propagation import carried_error
-from specprune.bounds.bound import Bound
+from specprune.bounds.bound import Bound, Hypothesis
+from specprune.bounds.degrees_of_freedom import degrees_of_freedom, eigenvalues
 from specprune.bounds.nodes import Feasibility
 from specprune.bounds.spectral import approximation_a_priori
 from specprune.compress import CalibrationData, LayerMoments, Moments, Pruned, collect_moments
 from specprune.compress.batches import Forward, batch_size
+from specprune.compress.layers import get_layer
+
+_SPLIT = 1e-9  # t of `_error_moment`, which enlarges the certificate by half of it
+_SAME_DATA = 1e-3  # relative difference of degrees of freedom that float32 inputs may make, and other samples exceed
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,8 @@ class Approximation:
         measured: what it is on the data.
         output_norm: ||f||_n on the data.
         certificate: upper bound from the moments of the original network's layers and the pruned weights.
-        a_priori: the theorem's bound with c <= 4, s <= 5/3; None unless the net was made in the theorem's way.
+        a_priori: the theorem's bound with c <= 4, s <= 5/3; None unless the net was made in the theorem's way.  One of
+            its hypotheses is that the net was pruned on these very samples, which lambda, c and s are about.
         a_priori_measured: the same with the measured c and s, valid for every J; None likewise.
         samples: number of samples n.
     """
@@ -75,15 +81,16 @@ def approximation(
 ) -> Approximation:
     """Return measured distance, certificate and a-priori bound of a pruned chain network.
 
-    The certificate holds for any weights of the pruned network, however they were found.  It sums over the consumers
+    The certificate holds for any weights of the pruned network, however they were found.  It sums over the layers
     the error that each makes on the ORIGINAL inputs (exact from their second moments), carried to the output by
-    `carried_error`.
+    `carried_error`.  Networks are run in float64 and the certificate is rounded up, so that it holds to the last digit
+    where the error is as small as the rounding of float32.
 
     Args:
         model: the original network.
         pruned: what `prune` made of it.
         batches: the samples that ||.||_n is over.
-        moments: patch-level moments of the model's layers over the same samples and all positions; collected if None.
+        moments: what `patch_moments` gives for the model over the same samples; collected if None.
         forward: optional `forward(model, batch)`.
 
     Raises:
@@ -95,36 +102,60 @@ def approximation(
     data = batches if isinstance(batches, CalibrationData) else CalibrationData(batches, forward)
     before, after = trace_chain(model, data), trace_chain(pruned.model, data)
     if moments is None:
-        moments = collect_moments(model, data, [layer.name for layer in before], level="patch")
+        moments = patch_moments(model, data, [layer.name for layer in before])
     measured, output_norm, samples = output_distance(model, pruned.model, data)
+    _check_moments(moments, before, samples)
+    certificate = _certificate(before, after, pruned, moments, output_norm)
+    theory = measured_constants = None
+    if pruned.report.settings["reconstruction"] == "channel":
+        same = _same_data(pruned, moments)
+        theory = _a_priori(before, pruned, output_norm, "theory", same)
+        measured_constants = _a_priori(before, pruned, output_norm, "measured", same)
+    return Approximation(measured, output_norm, certificate, theory, measured_constants, samples)
+
+
+def patch_moments(model: nn.Module, data: CalibrationData, layers: Sequence[str]) -> Moments:
+    """Return the patch-level moments of layers over all positions, with the network run in float64.
+
+    Args:
+        model: the network; left as it is.
+        data: the samples.
+        layers: names of the layers.
+    """
+    wide = CalibrationData(DoubleBatches(data, model), data.call)
+    return collect_moments(double_copy(model), wide, layers, level="patch")
+
+
+def _check_moments(moments: Moments, chain: tuple[ChainLayer, ...], samples: int) -> None:
     if moments.level != "patch" or moments.samples != samples:
         raise ValueError(
             f"the moments are of {moments.level} level over {moments.samples} samples; expected patch level over the "
             f"same {samples} samples"
         )
-    certificate = _certificate(before, after, pruned, moments, output_norm)
-    theory = measured_constants = None
-    if pruned.report.settings["reconstruction"] == "channel":
-        theory = _a_priori(before, pruned, output_norm, "theory")
-        measured_constants = _a_priori(before, pruned, output_norm, "measured")
-    return Approximation(measured, output_norm, certificate, theory, measured_constants, samples)
+    for layer in chain:
+        if layer.name not in moments or moments[layer.name].rows != samples * layer.positions_out:
+            raise ValueError(
+                f"the moments are not over all {layer.positions_out} output positions of layer {layer.name!r} in each "
+                f"of the {samples} samples; take them from patch_moments, with images of one size"
+            )
 
 
 @torch.no_grad()
 def output_distance(model: nn.Module, other: nn.Module, data: CalibrationData) -> tuple[float, float, int]:
-    """Return ||f - g||_n, ||f||_n and n, in float64 over all samples.
+    """Return ||f - g||_n, ||f||_n and n over all samples, with both networks run in float64.
 
     Args:
         model: f.
         other: g, with outputs of the same shape.
         data: the samples.
     """
-    first, second = copy.deepcopy(model).eval(), copy.deepcopy(other).eval()
+    first, second = double_copy(model), double_copy(other)
     difference = norm = 0.0
     samples = 0
-    for batch in data.passes(first, "comparing outputs"):
-        ours = data.call(first, batch).to(torch.float64)
-        theirs = data.call(second, batch).to(torch.float64)
+    for batch in data.passes(model, "comparing outputs"):
+        wide = double_batch(batch)
+        ours = data.call(first, wide).to(torch.float64)
+        theirs = data.call(second, wide).to(torch.float64)
         difference += float((ours - theirs).square().sum())
         norm += float(ours.square().sum())
         samples += batch_size(batch)
@@ -137,14 +168,17 @@ def _certificate(
     groups = {group.consumer: group for group in pruned.groups}
     terms: dict[str, float] = {}
     for index, (old, new) in enumerate(zip(before, after, strict=True)):
-        if old.name not in groups:  # reads the network's inputs: computed exactly
-            continue
-        group = groups[old.name]
         rows = pruned.nodes[old.name].indices if old.name in pruned.nodes else np.arange(len(old.bias))
-        kept = pruned.nodes[group.name].indices
-        difference = old.weight[rows].reshape(len(rows), group.width, -1).copy()
+        width = groups[old.name].width if old.name in groups else old.weight.shape[1]
+        kept = pruned.nodes[groups[old.name].name].indices if old.name in groups else np.arange(width)
+        difference = old.weight[rows].reshape(len(rows), width, -1).copy()
         difference[:, kept] -= new.weight.reshape(len(rows), len(kept), -1)
-        error = _error_moment(difference.reshape(len(rows), -1), old.bias[rows] - new.bias, moments[old.name])
+        shift = old.bias[rows] - new.bias
+        if not difference.any() and not shift.any():
+            if old.name in groups:
+                terms[old.name] = 0.0
+            continue  # the first layer makes no error, unless it was trained further
+        error = _error_moment(old, rows, difference.reshape(len(rows), -1), shift, moments[old.name])
         # The theory's own norm weights are tried as well, which keeps the certificate below the a-priori bound.
         theory = [pruned.nodes[layer.name].weights for layer in after[index:-1]]
         terms[old.name] = carried_error(old.positions_out * error, after[index:], theory)
@@ -160,14 +194,44 @@ def _certificate(
     )
 
 
-def _error_moment(difference: np.ndarray, shift: np.ndarray, moments: LayerMoments) -> np.ndarray:
-    """Return E (Delta phi + shift)(Delta phi + shift)^T over the rows phi, from their first and second moments."""
+def _error_moment(
+    layer: ChainLayer, rows: np.ndarray, difference: np.ndarray, shift: np.ndarray, moments: LayerMoments
+) -> np.ndarray:
+    """Return E (Delta phi + shift)(Delta phi + shift)^T over the rows phi, from their first and second moments.
+
+    It is rounded up in the Loewner order, for the rounding of two computations in float64.  Here, entry ij is a sum of
+    products of size at most b_i b_j, so it errs by some eps b_i b_j (sums of n terms err like sqrt(n)).  In the
+    networks, output i errs by some eps a_i, where a_i is the size of the products that it sums; with the error u that
+    gives E (u + v)(u + v)^T <= (1 + t) E u u^T + (1 + 1/t) E v v^T for every t > 0.  Both matrices of rounding are at
+    most the diagonal matrices of their absolute row sums (Gershgorin).
+    """
+    covariance = moments.covariance()
     cross = np.outer(difference @ moments.mean(), shift)
-    moment = difference @ moments.covariance() @ difference.T + cross + cross.T + np.outer(shift, shift)
-    return (moment + moment.T) / 2
+    moment = difference @ covariance @ difference.T + cross + cross.T + np.outer(shift, shift)
+    norms = np.sqrt(covariance.diagonal().clip(0))
+    flat = layer.weight.reshape(len(layer.weight), -1)[rows]
+    here = np.abs(difference) @ norms + np.abs(shift)
+    there = 2 * (np.abs(flat) @ norms + np.abs(layer.bias[rows])) + here
+    terms, eps = difference.shape[1] + 2, float(np.finfo(np.float64).eps)
+    slack = 2 * eps * (terms + math.sqrt(moments.rows)) * here * here.sum()
+    slack += (1 + 1 / _SPLIT) * (eps * terms) ** 2 * there * there.sum()
+    return (1 + _SPLIT) * (moment + moment.T) / 2 + np.diag(slack)
 
 
-def _a_priori(before: tuple[ChainLayer, ...], pruned: Pruned, output_norm: float, constants: str) -> Bound:
+def _same_data(pruned: Pruned, moments: Moments) -> Hypothesis:
+    """Compare the data that a network was pruned on with the moments: numbers of samples, and spectra where known."""
+    same = pruned.report.samples == moments.samples
+    for entry, group in zip(pruned.report.groups, pruned.groups, strict=True):
+        if isinstance(get_layer(pruned.model, group.consumer), nn.Linear):  # a convolution's patches are no pixels
+            spectrum = eigenvalues(moments[group.consumer].node_covariance(group.width))
+            dof = float(degrees_of_freedom(spectrum, entry.lam))
+            same = same and abs(dof - entry.dof) <= _SAME_DATA * entry.dof
+    return Hypothesis("pruned on the samples that ||.||_n is over", float(pruned.report.samples), same)
+
+
+def _a_priori(
+    before: tuple[ChainLayer, ...], pruned: Pruned, output_norm: float, constants: str, same: Hypothesis
+) -> Bound:
     reports = {entry.consumer: entry for entry in pruned.report.groups}
     groups = {group.consumer: group for group in pruned.groups}
     lams, norms, checks, scales, spreads = [], [], [], [], []
@@ -186,7 +250,7 @@ def _a_priori(before: tuple[ChainLayer, ...], pruned: Pruned, output_norm: float
         )
         scales.append(math.sqrt(layer.positions_in * group.slots))
         spreads.append(layer.slots * group.slots * layer.lipschitz**2)
-    return approximation_a_priori(
+    bound = approximation_a_priori(
         lams,
         norms,
         feasibilities=checks,
@@ -195,3 +259,4 @@ def _a_priori(before: tuple[ChainLayer, ...], pruned: Pruned, output_norm: float
         spreads=spreads,
         output_norm=output_norm,
     )
+    return replace(bound, hypotheses=(*bound.hypotheses, same))

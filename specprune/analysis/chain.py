@@ -21,25 +21,11 @@ from torch.nn import functional
 from specprune.compress.batches import CalibrationData
 from specprune.compress.layers import is_layer
 
-# Lipschitz constants of elementwise activations that never decrease and map 0 to 0, as the theory asks.
-_ACTIVATIONS: dict[type[nn.Module], float] = {
-    nn.ReLU: 1.0,
-    nn.ReLU6: 1.0,
-    nn.Identity: 1.0,
-    nn.Dropout: 1.0,
-    nn.Dropout2d: 1.0,
-    nn.Tanh: 1.0,
-    nn.Hardtanh: 1.0,
-    nn.Flatten: 1.0,
-}
-_FUNCTIONS: dict[Callable[..., Any], float] = {
-    torch.relu: 1.0,
-    functional.relu: 1.0,
-    torch.tanh: 1.0,
-    torch.flatten: 1.0,
-    functional.dropout: 1.0,
-}
-_METHODS = {"relu": 1.0, "tanh": 1.0, "flatten": 1.0}
+# Operations on single numbers that never decrease, map 0 to 0 and have Lipschitz constant 1.
+_PLAIN = (nn.ReLU, nn.ReLU6, nn.Identity, nn.Dropout, nn.Dropout2d, nn.Tanh, nn.Flatten)
+_FUNCTIONS: tuple[Callable[..., Any], ...] = (torch.relu, functional.relu, torch.tanh, torch.flatten)
+_METHODS = ("relu", "tanh", "flatten")
+_AVERAGES = (nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 
 
 @dataclass(frozen=True)
@@ -117,14 +103,15 @@ def trace_chain(model: nn.Module, data: CalibrationData) -> tuple[ChainLayer, ..
             layers[-1] = _fold(layers[-1], module)
             continue
         foldable = False
-        factor = _lipschitz(node, module, shapes)
+        factor, elementwise = _lipschitz(node, module, shapes)
         if layers:
-            pooled = isinstance(module, nn.MaxPool2d | nn.AvgPool2d | nn.AdaptiveAvgPool2d)
             layers[-1] = replace(
                 layers[-1],
                 lipschitz=layers[-1].lipschitz * factor,
-                elementwise=layers[-1].elementwise and not pooled,
+                elementwise=layers[-1].elementwise and elementwise,
             )
+        elif factor > 1:
+            raise ValueError(f"{node.name!r} may enlarge the inputs before the first layer, which is not covered")
     if not layers:
         raise ValueError(f"{type(model).__name__} has no Linear or Conv2d layer")
     return tuple(layers)
@@ -132,17 +119,20 @@ def trace_chain(model: nn.Module, data: CalibrationData) -> tuple[ChainLayer, ..
 
 def _shapes(work: nn.Module, data: CalibrationData) -> dict[str, tuple[torch.Size, torch.Size]]:
     shapes: dict[str, tuple[torch.Size, torch.Size]] = {}
-    hooks = []
+    outputs: list[Any] = []
+    hooks = [work.register_forward_hook(lambda _, __, output: outputs.append(output))]
     for name, module in work.named_modules():
-        if isinstance(module, nn.AdaptiveAvgPool2d | nn.AvgPool2d | nn.MaxPool2d) or is_layer(module):
+        if isinstance(module, _AVERAGES) or is_layer(module):
 
             def record(_: nn.Module, args: tuple[Any, ...], output: Tensor, name: str = name) -> None:
                 shapes[name] = (args[0].shape, output.shape)
 
             hooks.append(module.register_forward_hook(record))
-    data.call(work, data.first())
+    result = data.call(work, data.first())
     for hook in hooks:
         hook.remove()
+    if len(outputs) != 1 or not all(isinstance(o, Tensor) for o in (result, *outputs)) or not result.equal(outputs[0]):
+        raise ValueError("forward(model, batch) must return the model's own output, which is what the bounds are about")
     return shapes
 
 
@@ -155,8 +145,7 @@ def _layer(name: str, module: nn.Module, inputs: torch.Size, outputs: torch.Size
             raise ValueError(f"layer {name!r} pads with {module.padding_mode!r}; only zero padding is covered")
         overlap = 1
         for axis in (0, 1):
-            size, stride = module.kernel_size[axis], module.stride[axis]
-            overlap *= size if module.dilation[axis] > 1 else math.ceil(size / stride)
+            overlap *= _overlap(module.kernel_size[axis], module.stride[axis], module.dilation[axis])
         matrix = weight.flatten(2).numpy()
         return ChainLayer(name, matrix, shift, inputs[2] * inputs[3], outputs[2] * outputs[3], overlap, 1.0, True)
     if len(inputs) != 2:
@@ -166,52 +155,72 @@ def _layer(name: str, module: nn.Module, inputs: torch.Size, outputs: torch.Size
 
 def _fold(layer: ChainLayer, norm: nn.Module) -> ChainLayer:
     """Return the layer with a batch norm in evaluation mode multiplied in."""
-    mean, variance = (norm.get_buffer(key).to(torch.float64).cpu().numpy() for key in ("running_mean", "running_var"))
-    scale = 1.0 / np.sqrt(variance + float(norm.eps))  # type: ignore[arg-type]
-    offset = np.zeros_like(scale)
-    if norm.weight is not None:
-        scale = scale * norm.get_parameter("weight").detach().to(torch.float64).cpu().numpy()
-        offset = norm.get_parameter("bias").detach().to(torch.float64).cpu().numpy()
+
+    def read(key: str, default: float) -> np.ndarray:
+        value = getattr(norm, key)
+        return np.full(len(layer.bias), default) if value is None else value.detach().to(torch.float64).cpu().numpy()
+
+    if norm.running_mean is None:
+        raise ValueError(f"the batch norm behind {layer.name!r} has no running statistics, so it is not an affine map")
+    mean, variance = read("running_mean", 0.0), read("running_var", 1.0)
+    scale = read("weight", 1.0) / np.sqrt(variance + float(norm.eps))  # type: ignore[arg-type]
+    offset = read("bias", 0.0)
     weight = layer.weight * scale[:, None, None]
     bias = (layer.bias - mean) * scale + offset
     return replace(layer, weight=weight, bias=bias)
 
 
-def _lipschitz(node: fx.Node, module: nn.Module | None, shapes: Mapping[str, tuple[torch.Size, torch.Size]]) -> float:
-    """Return the Lipschitz constant of one operation between feature maps, in the Euclidean norm of the whole map."""
-    if module is not None:
-        if type(module) in _ACTIVATIONS:
-            return _ACTIVATIONS[type(module)]
-        if isinstance(module, nn.LeakyReLU):
-            return max(1.0, abs(module.negative_slope))
-        if isinstance(module, nn.ELU):
-            return max(1.0, module.alpha)
-        if isinstance(module, nn.MaxPool2d | nn.AvgPool2d):
-            return _pool_constant(module)
-        if isinstance(module, nn.AdaptiveAvgPool2d):
-            before, after = shapes[str(node.target)]
-            windows = [before[axis] / after[axis] for axis in (2, 3)]
-            if all(float(window).is_integer() for window in windows):
-                return 1.0 / math.sqrt(windows[0] * windows[1])
-            raise ValueError(f"{node.target!r}: adaptive pooling with unequal windows is not covered")
-    elif node.op == "call_function" and node.target in _FUNCTIONS:
-        return _FUNCTIONS[node.target]
-    elif node.op == "call_method" and node.target in _METHODS:
-        return _METHODS[str(node.target)]
-    what = type(module).__name__ if module is not None else str(node.target)
+def _lipschitz(
+    node: fx.Node, module: nn.Module | None, shapes: Mapping[str, tuple[torch.Size, torch.Size]]
+) -> tuple[float, bool]:
+    """Return the Lipschitz constant of one operation, and whether it acts on single numbers and never decreases.
+
+    Distances are Euclidean over the whole feature map; every operation that is covered maps 0 to 0.
+    """
+    kind = type(module)
+    if kind in _PLAIN:
+        return 1.0, True
+    if isinstance(module, nn.Hardtanh) and module.min_val <= 0 <= module.max_val:
+        return 1.0, True
+    if isinstance(module, nn.LeakyReLU | nn.ELU):
+        slope = float(module.negative_slope if isinstance(module, nn.LeakyReLU) else module.alpha)
+        return max(1.0, abs(slope)), slope >= 0
+    if isinstance(module, nn.MaxPool2d):
+        return _max_pool_constant(module), False
+    if isinstance(module, _AVERAGES):
+        return _average_constant(module, shapes[str(node.target)][0]), False
+    if node.op == "call_function" and node.target in _FUNCTIONS:
+        return 1.0, True
+    if node.target is functional.dropout and not (node.args[2:3] or (node.kwargs.get("training", True),))[0]:
+        return 1.0, True
+    if node.op == "call_method" and node.target in _METHODS:
+        return 1.0, True
     raise ValueError(
-        f"the Lipschitz constant of {node.name!r} ({what}) is not known here; the theory covers "
-        f"{sorted(kind.__name__ for kind in _ACTIVATIONS)}, LeakyReLU, ELU, max and average pooling, and batch norm "
-        "right behind a layer"
+        f"the Lipschitz constant of {node.name!r} ({kind.__name__ if module is not None else node.target}) is not "
+        f"known here; the theory covers {sorted(plain.__name__ for plain in _PLAIN)}, LeakyReLU, ELU, Hardtanh around "
+        "0, max and average pooling, and batch norm right behind a layer"
     )
 
 
-def _pool_constant(module: nn.MaxPool2d | nn.AvgPool2d) -> float:
-    def pair(value: Any) -> tuple[int, int]:
-        return value if isinstance(value, tuple) else (value, value)
+def _overlap(size: int, stride: int, dilation: int) -> int:
+    """Return how many windows a pixel is in, at most, along one axis."""
+    # Offset j of the window meets a given pixel only if j * dilation has the right remainder modulo the stride.
+    return math.ceil(size * math.gcd(stride, dilation) / stride)
 
-    kernel, stride = pair(module.kernel_size), pair(module.stride if module.stride is not None else module.kernel_size)
-    overlap = math.prod(math.ceil(k / s) for k, s in zip(kernel, stride, strict=True))
-    if isinstance(module, nn.MaxPool2d):
-        return math.sqrt(overlap)
-    return math.sqrt(overlap / math.prod(kernel))
+
+def _max_pool_constant(module: nn.MaxPool2d) -> float:
+    def pair(value: Any) -> tuple[int, int]:
+        return (value, value) if isinstance(value, int) else tuple(value)
+
+    stride = module.kernel_size if module.stride is None else module.stride
+    axes = zip(pair(module.kernel_size), pair(stride), pair(module.dilation), strict=True)
+    return math.sqrt(math.prod(_overlap(*axis) for axis in axes))
+
+
+def _average_constant(module: nn.Module, shape: torch.Size) -> float:
+    """Return sqrt(largest row sum * largest column sum), which bounds a linear map's operator norm (Schur's test)."""
+    with torch.enable_grad():
+        ones = torch.ones(1, 1, *shape[2:], dtype=torch.float64, requires_grad=True)
+        averages = module(ones)
+        (columns,) = torch.autograd.grad(averages.sum(), ones)
+    return math.sqrt(float(averages.detach().abs().max()) * float(columns.abs().max()))

@@ -3,12 +3,58 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from specprune.compress.batches import CalibrationData, batch_targets
+from specprune.compress.layers import is_layer
+
+
+def double_copy(model: nn.Module) -> nn.Module:
+    """Return a float64 copy of a network in evaluation mode, whose layers take inputs of every floating type.
+
+    Distances between networks may be far below the rounding of float32, so they are measured between such copies.
+    """
+    work = copy.deepcopy(model).eval().double()
+    for module in work.modules():
+        if is_layer(module):
+            module.register_forward_pre_hook(_widen)
+    return work
+
+
+def _widen(_: nn.Module, args: tuple[Any, ...]) -> Any:
+    return double_batch(args)
+
+
+def double_batch(batch: Any) -> Any:
+    """Return a batch of any kind with its floating point tensors in float64."""
+    if isinstance(batch, Tensor):
+        return batch.double() if batch.is_floating_point() else batch
+    if isinstance(batch, Mapping):
+        return {key: double_batch(value) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        items = [double_batch(item) for item in batch]
+        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
+    return batch
+
+
+class DoubleBatches:
+    """The batches of some calibration data in float64, for a model from `double_copy`.
+
+    Args:
+        data: the data.
+        model: the network that they are for, whose device and dtype they are checked against.
+    """
+
+    def __init__(self, data: CalibrationData, model: nn.Module) -> None:
+        self.data, self.model = data, model
+
+    def __iter__(self) -> Iterator[Any]:
+        return (double_batch(batch) for batch in self.data.passes(self.model, "reading in float64"))
 
 
 @torch.no_grad()

@@ -9,8 +9,8 @@ known exactly and ||q|| <= rho, in weighted norms ||v||^2 = sum_j omega_j v_j^2 
     p' = (L/2) W p,      rho' = L Gamma (rho + ||p|| / 2).
 
 At the output (omega = 1) the error is at most ||p|| + rho.  This holds for every positive omega, so omega is chosen to
-make it small.  Where more than an elementwise map lies between two layers, or maps have several pixels, p is given up:
-rho' = L Gamma (rho + ||p||).
+make it small.  Where more than an elementwise map that never decreases lies between two layers, or maps have several
+pixels or kernels several offsets, p is given up: rho' = L Gamma (rho + ||p||).
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from specprune.analysis.chain import ChainLayer
 
 STEPS = 40
 RATE = 0.1
+ROUNDING = 1e-12  # relative; above that of eigenvalues and products in float64 for widths of some thousands
+_TINY = torch.finfo(torch.float64).tiny  # the square root has no derivative at 0
 
 
 def carried_error(
@@ -36,16 +38,19 @@ def carried_error(
 
     Args:
         moment: (outputs, outputs) second moment E of the error, summed over the pixels of the map.
-        layers: the pruned network's layers from the erring one (only its Lipschitz constant is used) to the last.
+        layers: the pruned network's layers from the erring one (of which only what follows it is used) to the last.
         theory_weights: for every layer but the last, (outputs,) norm weights omega to try besides the optimised ones.
 
     Returns:
-        The smallest value found over the norm weights; each candidate is valid.
+        The smallest value found over the norm weights, rounded up; each candidate is valid.
     """
     error = torch.from_numpy(np.ascontiguousarray(moment, dtype=np.float64))
+    if not bool(error.any()):
+        return 0.0
     steps = [(torch.from_numpy(np.ascontiguousarray(new.weight)), old, new) for old, new in itertools.pairwise(layers)]
+    behind = (1 + ROUNDING) * layers[-1].lipschitz
     if not steps:
-        return math.sqrt(max(0.0, float(torch.trace(error))))
+        return behind * math.sqrt(max(0.0, float(torch.trace(error))))
     ones = [torch.zeros(len(layer.bias), dtype=torch.float64) for layer in layers[:-1]]
     with torch.no_grad():
         best = float(_bound(error, steps, ones))
@@ -59,28 +64,26 @@ def carried_error(
             optimiser.zero_grad()
             value = _bound(error, steps, logs)
             best = min(best, float(value.detach()))
-            if float(value.detach()) == 0.0:
-                break
             value.backward()
             optimiser.step()
-    return best
+    return behind * best
 
 
 def _bound(error: Tensor, steps: Sequence[tuple[Tensor, ChainLayer, ChainLayer]], logs: Sequence[Tensor]) -> Tensor:
     """Return ||p|| + rho at the output for the norm weights exp(logs)."""
     exact: Tensor | None = error
-    known = (logs[0].exp() * error.diagonal()).sum().clamp_min(0).sqrt()
+    known = (logs[0].exp() * error.diagonal()).sum().clamp_min(_TINY).sqrt()
     rest = torch.zeros((), dtype=torch.float64)
     for k, (weight, old, new) in enumerate(steps):
         rows = logs[k + 1].exp() if k + 1 < len(logs) else torch.ones(len(weight), dtype=torch.float64)
         gain = old.lipschitz * _operator_norm(weight, rows, logs[k].exp(), new)
-        if exact is None or not old.elementwise or old.positions_out > 1:
+        if exact is None or not old.elementwise or old.positions_out > 1 or new.slots > 1:
             rest, known, exact = gain * (rest + known), torch.zeros((), dtype=torch.float64), None
             continue
         rest = gain * (rest + known / 2)
         matrix = weight[:, :, 0]
         exact = (old.lipschitz / 2) ** 2 * (matrix @ exact @ matrix.T)
-        known = (rows * exact.diagonal()).sum().clamp_min(0).sqrt()
+        known = (rows * exact.diagonal()).sum().clamp_min(_TINY).sqrt()
     return known + rest
 
 
@@ -101,4 +104,4 @@ def _operator_norm(weight: Tensor, rows: Tensor, columns: Tensor, layer: ChainLa
 def _largest_singular_value(matrix: Tensor) -> Tensor:
     """Return the operator norm; by the smaller Gram matrix, whose eigenvalues differentiate well."""
     gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
-    return torch.linalg.eigvalsh(gram)[-1].clamp_min(torch.finfo(torch.float64).tiny).sqrt()
+    return torch.linalg.eigvalsh(gram)[-1].clamp_min(_TINY).sqrt()

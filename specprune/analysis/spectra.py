@@ -130,7 +130,7 @@ def layer_spectra(
         model: any module with Linear or ungrouped Conv2d layers; left as it is.
         batches: re-iterable of `(inputs, targets)`, of inputs alone, or of mappings.
         layers: names of the layers to measure; by default all that run.
-        moments: channel-level moments to use instead of running the model.
+        moments: channel-level moments of the model to use instead of running it.
         forward: optional `forward(model, batch)`.
 
     Returns:
@@ -144,8 +144,16 @@ def layer_spectra(
     """
     if moments is None:
         moments = collect_moments(model, batches, layers, forward=forward)
+    names = list(moments) if layers is None else list(layers)
+    missing = [name for name in names if name not in moments]
+    if moments.level != "channel" or missing:
+        raise ValueError(
+            f"the moments are of {moments.level} level and of the layers {list(moments)}; expected channel level"
+            + (f", with {missing}" if missing else "")
+        )
     spectra = {}
-    for name, entry in moments.items():
+    for name in names:
+        entry = moments[name]
         covariance = entry.covariance()
         values = eigenvalues(covariance)
         if values[0] <= 0:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from specprune._records import format_table, to_json
 from specprune.analysis.chain import ChainLayer, trace_chain
@@ -17,7 +19,7 @@ from specprune.bounds.bound import Bound
 from specprune.bounds.covering import LayerSize, covering_bound, dudley_bound, ramp_loss
 from specprune.bounds.occam import occam_bound, occam_bound_relaxed
 from specprune.compress import CalibrationData, Pruned
-from specprune.compress.batches import Forward, batch_inputs
+from specprune.compress.batches import Forward, StopForward
 from specprune.compress.coding import QuantisedNetwork, fold_batch_norms, quantise_network
 
 BITS = (2, 3, 4, 5, 6, 8)
@@ -196,18 +198,25 @@ def covering_bounds(
 
 
 def input_norm(data: CalibrationData, model: nn.Module) -> float:
-    """Return the largest Euclidean norm of an input in the data.
+    """Return the largest Euclidean norm of an input that the network is given for the data.
 
     Raises:
-        TypeError: the inputs are mappings, which have no single norm.
+        TypeError: the network is called by keyword or with several inputs, which have no single norm.
     """
-    largest = 0.0
+    work = copy.deepcopy(model).eval()
+    norms: list[float] = []
+
+    def stop(_: nn.Module, args: tuple[Any, ...]) -> None:
+        if len(args) != 1 or not isinstance(args[0], Tensor):
+            raise TypeError("the covering bounds need a network that is called with one tensor, model(inputs)")
+        norms.append(float(args[0].detach().flatten(1).double().norm(dim=1).max()))
+        raise StopForward
+
+    work.register_forward_pre_hook(stop)
     for batch in data.passes(model, "measuring inputs"):
-        inputs = batch_inputs(batch)
-        if not hasattr(inputs, "flatten"):
-            raise TypeError("the covering bounds need inputs that are one tensor a batch, got a mapping")
-        largest = max(largest, float(inputs.detach().flatten(1).double().norm(dim=1).max()))
-    return largest
+        with contextlib.suppress(StopForward):
+            data.call(work, batch)
+    return max(norms)
 
 
 def bound_table(

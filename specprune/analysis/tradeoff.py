@@ -12,7 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from specprune._records import format_table, to_json
-from specprune.analysis.approximation import approximation
+from specprune.analysis.approximation import approximation, patch_moments
 from specprune.analysis.chain import trace_chain
 from specprune.analysis.evaluation import collect_logits, error_rate, root_mean_square
 from specprune.analysis.tightness import OccamResult, covering_bounds, input_norm, occam_results
@@ -247,7 +247,7 @@ def tradeoff(
     logits, targets = collect_logits(model, data)
     measured_radius = input_norm(data, model)
     layers = trace_chain(model, data)
-    patch_moments = collect_moments(model, data, [layer.name for layer in layers], level="patch")
+    exact_moments = patch_moments(model, data, [layer.name for layer in layers])
     channel_moments = collect_moments(model, used)
     test_base = None if held_out is None else error_rate(*collect_logits(model, held_out))
     nets = []
@@ -267,7 +267,7 @@ def tradeoff(
                 refit,
                 data,
                 held_out,
-                patch_moments,
+                exact_moments,
                 logits,
                 targets,
                 occam[smallest.network.bits],

@@ -57,7 +57,14 @@ def call_model(model: nn.Module, batch: Any, forward: Forward | None = None) -> 
 
 
 def _tensors(batch: Any) -> list[Tensor]:
-    inputs = batch_inputs(batch)
+    """Return the input tensors of a batch; of a batch that only the caller's `forward` understands, all tensors."""
+    try:
+        inputs = batch_inputs(batch)
+    except TypeError:
+        found = [item for item in batch if isinstance(item, Tensor)] if isinstance(batch, tuple | list) else []
+        if not found:
+            raise
+        return found
     return [v for v in inputs.values() if isinstance(v, Tensor)] if isinstance(inputs, Mapping) else [inputs]
 
 
@@ -166,7 +173,10 @@ class CalibrationData:
 
 
 def _checksum(tensor: Tensor) -> float:
-    """Return an order-free checksum: the sum over samples of the squared projection on a fixed direction."""
+    """Return an order-free checksum: the sum over samples of p^2 (1 + sign(p) / 2), p a projection of the sample."""
+    if tensor.numel() == 0:
+        return 0.0
     flat = tensor.detach().reshape(len(tensor), -1).to(torch.float64)
     direction = torch.cos(torch.arange(flat.shape[1], device=flat.device, dtype=torch.float64) * 1.7 + 0.3)
-    return float((flat @ direction).square().sum())
+    projections = flat @ direction
+    return float((projections.square() * (1 + projections.sign() / 2)).sum())

@@ -92,11 +92,19 @@ def patch_rows(layer: Layer, inputs: Tensor, positions: Positions) -> Tensor:
         return inputs.reshape(-1, inputs.shape[-1])
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     padded = functional.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode)
-    patches = functional.unfold(padded, layer.kernel_size, dilation=layer.dilation, stride=layer.stride)
-    if positions.index is not None:
-        index = positions.index[:, None, :].expand(-1, patches.shape[1], -1)
-        patches = torch.gather(patches, 2, index)
-    return patches.transpose(1, 2).reshape(-1, patches.shape[1])
+    if positions.index is None:
+        patches = functional.unfold(padded, layer.kernel_size, dilation=layer.dilation, stride=layer.stride)
+        return patches.transpose(1, 2).reshape(-1, patches.shape[1])
+    count, channels, _, width = padded.shape
+    column_count = output_size(layer, inputs)[1]
+    top = positions.index // column_count * layer.stride[0]
+    left = positions.index % column_count * layer.stride[1]
+    down = torch.arange(layer.kernel_size[0], device=inputs.device) * layer.dilation[0]
+    right = torch.arange(layer.kernel_size[1], device=inputs.device) * layer.dilation[1]
+    offsets = (down[:, None] * width + right[None, :]).flatten()
+    pixels = ((top * width + left)[:, :, None] + offsets).reshape(count, 1, -1).expand(-1, channels, -1)
+    picked = torch.gather(padded.flatten(2), 2, pixels).reshape(count, channels, -1, len(offsets))
+    return picked.transpose(1, 2).reshape(-1, channels * len(offsets))
 
 
 def channel_rows(layer: Layer, inputs: Tensor) -> Tensor:

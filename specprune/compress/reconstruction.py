@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -61,8 +62,10 @@ def least_squares(
     damping = ridge * max(float(np.trace(gram)) / columns, 0.0)
     system = gram + damping * np.eye(columns)
     try:
-        weights = linalg.solve(system, cross, assume_a="pos").T
-    except linalg.LinAlgError:  # exactly collinear or dead nodes and no ridge: the minimum-norm solution
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", linalg.LinAlgWarning)
+            weights = linalg.solve(system, cross, assume_a="pos").T
+    except (linalg.LinAlgError, linalg.LinAlgWarning):  # collinear or dead nodes and no ridge: least norm
         weights = (linalg.pinvh(system) @ cross).T
     shift = mean[columns:] - weights @ mean[:columns] if intercept else np.zeros(len(weights))
     return weights, shift

@@ -31,6 +31,8 @@ from specprune.compress.moments import Moments, check_finite_weights, collect_mo
 from specprune.compress.reconstruction import RECONSTRUCTIONS, fold_consumer, refit_consumer
 from specprune.compress.selection import RULES, NodeStatistics, information_losses, select_nodes
 
+MIN_LAMBDA = 1e-14
+
 
 @dataclass(frozen=True)
 class GroupReport:
@@ -318,8 +320,11 @@ def _check_arguments(
         raise ValueError(f"keep={keep}: expected the fraction to keep, above 0 and at most 1 (0.3 keeps 30 %)")
     if not 0.0 <= theta <= 1.0:
         raise ValueError(f"theta={theta}: expected a number between 0 and 1")
-    if not 0.0 < lam < 1e6:
-        raise ValueError(f"lam={lam}: expected a positive number, lambda relative to the trace of the covariance")
+    if not MIN_LAMBDA <= lam < 1e6:
+        raise ValueError(
+            f"lam={lam}: expected a positive number, lambda relative to the trace of the covariance, of at least "
+            f"{MIN_LAMBDA:g} (the size of rounding)"
+        )
     if not 0.0 <= ridge < 1e6:
         raise ValueError(f"ridge={ridge}: expected a number that is not negative, relative to the mean eigenvalue")
     if positions is not None and positions < 1:
@@ -353,7 +358,11 @@ def _allocate(
     if dead:
         raise ValueError(f"the nodes of {dead} are zero on all calibration data: nothing to measure; check the data")
     if widths is not None:
-        wrong = {name: width for name, width in widths.items() if not 1 <= width <= cost.full.get(name, 0)}
+        wrong = {
+            name: width
+            for name, width in widths.items()
+            if not isinstance(width, int | np.integer) or not 1 <= width <= cost.full.get(name, 0)
+        }
         if wrong:
             raise ValueError(f"widths={wrong}: the groups and their full widths are {cost.full}")
         return Allocation({**cost.full, **widths}, {name: lam * trace for name, trace in traces.items()})
@@ -377,12 +386,14 @@ def _choose(
     """Return the kept nodes of one group with their weights, in ascending order."""
     width, lam = plan.widths[group.name], plan.lams[group.name]
     scores = leverage_scores(statistics.covariance, lam)
-    if width == group.width and not (allocation == "theory" and selection == "leverage"):
-        return WeightedNodes(np.arange(group.width), np.ones(group.width))
+    whole = WeightedNodes(np.arange(group.width), np.ones(group.width))
     if allocation == "theory" and selection == "leverage":
-        # the theorem's own draw: M independent nodes, repeated ones merged
+        # The theorem's own draw: M independent nodes, repeated ones merged.
         dof = float(degrees_of_freedom(eigenvalues(statistics.covariance), lam))
-        return weighted_nodes(sample_nodes(scores, paper_width(dof), generator), scores)
+        drawn = weighted_nodes(sample_nodes(scores, paper_width(dof), generator), scores)
+        return whole if len(drawn.indices) == group.width else drawn
+    if width == group.width:
+        return whole
     indices = select_nodes(selection, statistics, width, lam=lam, theta=theta, generator=generator)
     # A node without leverage gets the smallest weight there is: it carries nothing, but a rule may still choose it.
     floor = np.finfo(np.float64).eps / len(scores)
@@ -392,7 +403,7 @@ def _choose(
 def _report(group: Group, statistics: NodeStatistics, nodes: WeightedNodes, lam: float, seconds: float) -> GroupReport:
     spectrum = eigenvalues(statistics.covariance)
     if len(nodes.indices) == group.width:  # in closed form: the difference of matrices would be rounding noise
-        c, s = float(spectrum[0] / (spectrum[0] + lam)), float(np.mean(nodes.weights))
+        c, s = float(spectrum[0] / (spectrum[0] + lam)), 1.0
     else:
         check = feasibility(statistics.covariance, nodes, lam)
         c, s = check.c, check.s

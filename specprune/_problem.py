@@ -1,0 +1,171 @@
+"""The network and the data that a command line names: a checkpoint or a user's own factories."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from specprune.compress.batches import batch_size
+from specprune.testbed import Dataset, load_checkpoint, load_dataset
+
+BATCH = 1000
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A trained network with its training and test set.
+
+    Args:
+        model: the network.
+        train: labelled training batches, all of them.
+        test: labelled test batches, if there are any.
+        input_radius: bound on the norm of every possible input, where it is known.
+        label: what to call it in titles.
+        dataset: the testbed's data set, if it is one.
+    """
+
+    model: nn.Module
+    train: Iterable[Any]
+    test: Iterable[Any] | None
+    input_radius: float | None
+    label: str
+    dataset: Dataset | None
+
+    def calibration(self, samples: int) -> list[Any]:
+        """Return the first training batches, up to about `samples` samples."""
+        if self.dataset is not None:
+            return list(self.dataset.train_batches(min(BATCH, samples), samples))
+        taken, count = [], 0
+        for batch in self.train:
+            if count >= samples:
+                break
+            taken.append(batch)
+            count += batch_size(batch)
+        return taken
+
+
+def load_problem(
+    *,
+    weights: str | os.PathLike[str] | None,
+    model: str | None,
+    data: str | None,
+    data_dir: str | None,
+    device: str,
+) -> Problem:
+    """Return the network and data that the options name.
+
+    Args:
+        weights: a checkpoint of `specprune train`; with `model`, a state_dict that torch.save wrote.
+        model: "package.module:factory", where factory() returns the network.
+        data: a data set's name, or "package.module:factory", where factory() returns (train, test), each a
+            re-iterable of (inputs, targets) batches, or a testbed `Dataset`.
+        data_dir: where to look for named data sets first.
+        device: where model and named data go.
+
+    Raises:
+        ValueError: options that do not fit together, or a factory that fails.
+        FileNotFoundError: there is no such weights file or data set.
+    """
+    target = torch_device(device)
+    if model is None:
+        if weights is None:
+            raise ValueError(
+                "no network: give --weights FILE (from 'specprune train') or --model package.module:factory"
+            )
+        trained = load_checkpoint(weights)
+        net, label = trained.model, f"{trained.recipe.data}, {trained.recipe.net}"
+        data = data or trained.recipe.data
+    else:
+        net, label = _own_model(model, weights), model
+        if data is None:
+            raise ValueError("no data: give --data NAME or --data package.module:factory")
+    net = net.to(target)
+    if ":" not in data:
+        dataset = load_dataset(data, data_dir).to(target)
+        return _from_dataset(net, dataset, label)
+    made = call_factory("--data", data)
+    if isinstance(made, Dataset):
+        return _from_dataset(net, made.to(target), label)
+    if not isinstance(made, tuple | list) or len(made) not in (1, 2):
+        raise ValueError(
+            f"--data {data}: the factory returned {type(made).__name__}, expected (train, test), each a re-iterable of "
+            "(inputs, targets) batches"
+        )
+    return Problem(net, made[0], made[1] if len(made) == 2 else None, None, label, None)
+
+
+def torch_device(name: str) -> torch.device:
+    """Return the device called `name`.
+
+    Raises:
+        ValueError: torch does not know it, or this machine does not have it.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"--device {name}: not usable on this machine ({reason}); try cpu or cuda") from error
+    return device
+
+
+def call_factory(option: str, path: str) -> Any:
+    """Import "package.module:factory" (also from the current folder) and return what factory() returns.
+
+    Raises:
+        ValueError: it cannot be imported, is not callable, or fails.
+    """
+    factory = _import(option, path)
+    try:
+        return factory()
+    except Exception as error:  # the user's own code may raise anything; the reason goes on in one line
+        raise ValueError(f"{option} {path}: calling it failed with {type(error).__name__}: {error}") from error
+
+
+def _import(option: str, path: str) -> Callable[[], Any]:
+    module_name, colon, name = path.partition(":")
+    if not colon or not module_name or not name:
+        raise ValueError(f"{option} {path}: expected package.module:factory")
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = importlib.import_module(module_name)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except Exception as error:  # importing the user's module runs the user's code
+        raise ValueError(f"{option} {path}: cannot import it ({type(error).__name__}: {error})") from error
+    if not callable(found):
+        raise ValueError(f"{option} {path}: is a {type(found).__name__}, expected a function without arguments")
+    return found
+
+
+def _own_model(path: str, weights: str | os.PathLike[str] | None) -> nn.Module:
+    model = call_factory("--model", path)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"--model {path}: the factory returned {type(model).__name__}, expected a torch.nn.Module")
+    if weights is not None:
+        if not Path(weights).is_file():
+            raise FileNotFoundError(f"--weights {weights}: no such file")
+        try:
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+            model.load_state_dict(state)
+        except Exception as error:  # torch raises pickle, zip and runtime errors for a wrong file
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"--weights {weights}: expected a state_dict saved by torch.save that fits {path} ({reason})"
+            ) from error
+    return model
+
+
+def _from_dataset(model: nn.Module, dataset: Dataset, label: str) -> Problem:
+    return Problem(
+        model, dataset.train_batches(BATCH), dataset.test_batches(BATCH), dataset.input_radius, label, dataset
+    )

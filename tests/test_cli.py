@@ -1,0 +1,191 @@
+"""The command line: what it prints and writes, its exit codes, and one line instead of a traceback."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import specprune
+from specprune.cli import build_parser, main
+from specprune.testbed import default_recipe, load_dataset, save_checkpoint, train
+
+COMMANDS = ("demo", "data", "train", "spectra", "prune", "bounds", "tradeoff", "figures")
+OWN_CODE = """
+import torch
+from torch import nn
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 20), nn.ReLU(), nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 3))
+
+def data():
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(400, 5, generator=generator)
+    targets = (inputs[:, 0] > 0).long()
+    return [(inputs[:300], targets[:300])], [(inputs[300:], targets[300:])]
+
+def broken():
+    raise KeyError("no such thing")
+
+def nothing():
+    return 3
+"""
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    dataset = load_dataset("digits")
+    recipe = default_recipe("digits", "mlp-32-32")
+    path = tmp_path_factory.mktemp("cli") / "digits.npz"
+    save_checkpoint(path, train(dataset, recipe))
+    return str(path)
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    name = f"own_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(OWN_CODE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return name
+
+
+def fails(capsys, arguments, *words):
+    assert main(arguments) == 1
+    printed = capsys.readouterr().err.strip()
+    assert "\n" not in printed
+    assert "Traceback" not in printed
+    assert printed.startswith(f"specprune {arguments[0]}: ")
+    for word in words:
+        assert word in printed
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_an_example(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        build_parser().parse_args([command, "--help"])
+    assert stop.value.code == 0
+    assert f"example:\n  specprune {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_examples_parse(command, capsys):
+    with pytest.raises(SystemExit):
+        build_parser().parse_args([command, "--help"])
+    example = capsys.readouterr().out.split("example:\n  specprune ")[1].split()
+    assert build_parser().parse_args(example).command == command
+
+
+def test_python_dash_m(weights, tmp_path):
+    command = [sys.executable, "-m", "specprune", "spectra", "--weights", weights, "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "effective_rank" in done.stdout
+    assert done.stderr == ""  # no progress bars in a pipe
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert specprune.__version__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["nonsense"],
+        ["prune", "--keep", "0"],
+        ["prune", "--keep", "2"],
+        ["prune", "--keep", "half"],
+        ["prune", "--theta", "1.5"],
+        ["prune", "--selection", "best"],
+        ["bounds", "--delta", "0"],
+        ["tradeoff", "--keep", "0.1", "--lambdas", "0.1"],
+        ["tradeoff", "--lambdas", "-1"],
+        ["spectra", "--calibration", "0"],
+        ["train", "--data", "digits"],
+    ],
+)
+def test_bad_arguments_give_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert "error:" in capsys.readouterr().err
+
+
+def test_train_then_prune(tmp_path, capsys):
+    out = str(tmp_path)
+    assert main(["train", "--data", "digits", "--net", "mlp-24", "--epochs", "3", "--out", out]) == 0
+    assert "test error" in capsys.readouterr().out
+    path = tmp_path / "digits-mlp-24-0.npz"
+    assert main(["prune", "--weights", str(path), "--keep", "0.5", "--out", out]) == 0
+    printed = capsys.readouterr().out
+    assert "after" in printed
+    assert json.loads((tmp_path / "prune.json").read_text())["groups"][0]["width_after"] == 12
+
+    def factory():
+        return specprune.testbed.load_checkpoint(path).model
+
+    small = specprune.load_pruned(tmp_path / "pruned.npz", factory)
+    assert small(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
+
+
+def test_json_is_one_document_and_is_kept(weights, tmp_path, capsys):
+    for command, extra in (("spectra", []), ("prune", []), ("bounds", ["--keep", "0.3"])):
+        assert main([command, "--weights", weights, "--out", str(tmp_path), "--json", *extra]) == 0
+        printed = capsys.readouterr().out
+        assert json.loads(printed) == json.loads((tmp_path / f"{command}.json").read_text())
+
+
+def test_tradeoff_writes_table_and_figure(weights, tmp_path, capsys):
+    assert main(["tradeoff", "--weights", weights, "--keep", "0.2", "0.6", "--out", str(tmp_path)]) == 0
+    assert "smallest bound" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"tradeoff.json", "tradeoff.pdf", "tradeoff.png"}
+
+
+def test_own_network_and_data(own, tmp_path, capsys):
+    arguments = ["--model", f"{own}:net", "--data", f"{own}:data", "--out", str(tmp_path / "out")]
+    for command in ("spectra", "prune", "bounds"):
+        assert main([command, *arguments]) == 0
+    state = tmp_path / "state.pt"
+    torch.save(__import__(own).net().state_dict(), state)
+    assert main(["prune", *arguments, "--weights", str(state)]) == 0
+    capsys.readouterr()
+
+
+def test_failed_jobs_give_1_and_one_line(own, weights, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("SPECPRUNE_DATA", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    net, data = f"{own}:net", f"{own}:data"
+    fails(capsys, ["prune"], "no network", "--weights")
+    fails(capsys, ["prune", "--weights", "nowhere.npz"], "nowhere.npz", "no such file")
+    fails(capsys, ["prune", "--weights", weights, "--data", "nowhere"], "nowhere", "digits")
+    fails(capsys, ["prune", "--weights", weights, "--data", "mnist"], "mnist", "specprune data mnist")
+    fails(capsys, ["prune", "--model", net], "no data")
+    fails(capsys, ["prune", "--model", f"{own}:missing", "--data", data], "cannot import")
+    fails(capsys, ["prune", "--model", f"{own}:broken", "--data", data], "KeyError")
+    fails(capsys, ["prune", "--model", f"{own}:nothing", "--data", data], "returned int")
+    fails(capsys, ["prune", "--model", net, "--data", f"{own}:nothing"], "returned int", "(train, test)")
+    fails(capsys, ["prune", "--model", net, "--data", data, "--weights", weights], "state_dict")
+    fails(capsys, ["prune", "--weights", weights, "--device", "abacus"], "abacus")
+    fails(capsys, ["train", "--data", "digits", "--net", "transformer"], "transformer", "mlp-")
+    fails(capsys, ["data", "imagenet"], "imagenet", "mnist")
+    fails(capsys, ["figures", "portrait", "--weights", weights], "portrait")
+    corrupt = tmp_path / "corrupt.npz"
+    corrupt.write_bytes(b"PK\x03\x04 not really")
+    fails(capsys, ["spectra", "--weights", str(corrupt)], "corrupt.npz")
+
+
+def test_residual_networks_are_refused_in_one_line(tmp_path, capsys):
+    assert main(["train", "--data", "digits", "--net", "resnet-4-8", "--epochs", "1", "--out", str(tmp_path)]) == 0
+    capsys.readouterr()
+    fails(capsys, ["prune", "--weights", str(tmp_path / "digits-resnet-4-8-0.npz")], "not a chain", "coupled")
+
+
+def test_an_unwritable_folder_is_a_failed_job(weights, tmp_path, capsys):
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    fails(capsys, ["spectra", "--weights", weights, "--out", str(blocked / "sub")], "file")

@@ -1,0 +1,145 @@
+"""Files that are whole or absent, and arrays without pickle."""
+
+import os
+import stat
+
+import numpy as np
+import pytest
+
+from specprune._files import atomic_write, load_arrays, save_arrays, write_text
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_appears_whole_and_replaces_the_old_one(tmp_path):
+    path = tmp_path / "deep" / "er" / "a.txt"
+    write_text(path, "one λ\n")
+    assert path.read_bytes() == "one λ\n".encode()
+    with atomic_write(path) as stream:
+        stream.write(b"two")
+        stream.flush()
+        assert path.read_bytes() == "one λ\n".encode()  # readers see the old file until the end
+    assert path.read_bytes() == b"two"
+    assert names(path.parent) == ["a.txt"]
+
+
+def test_the_usual_permissions_are_given(tmp_path):
+    old = os.umask(0o027)
+    try:
+        write_text(tmp_path / "a.txt", "x")
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((tmp_path / "a.txt").stat().st_mode) == 0o640
+
+
+class Interrupted(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, Interrupted])
+@pytest.mark.parametrize("exists", [True, False])
+def test_an_error_while_writing_leaves_what_was_there(tmp_path, error, exists):
+    path = tmp_path / "a.txt"
+    if exists:
+        path.write_text("old")
+    with pytest.raises(error), atomic_write(path) as stream:
+        stream.write(b"half")
+        raise error
+    assert names(tmp_path) == (["a.txt"] if exists else [])
+    assert not exists or path.read_text() == "old"
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace", "chmod"])
+def test_a_failing_disk_leaves_what_was_there(tmp_path, monkeypatch, step):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+
+    def fail(*_args, **_options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, step, fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_text(path, "new")
+    assert names(tmp_path) == ["a.txt"]
+    assert path.read_text() == "old"
+
+
+ARRAYS = {
+    "matrix": np.arange(6.0).reshape(2, 3),
+    "scalar": np.array(7, dtype=np.int64),
+    "empty": np.zeros((0, 4), dtype=np.float32),
+    "flags": np.array([True, False]),
+    "special": np.array([np.nan, np.inf, -0.0]),
+    "tensor:a.b": np.array([1], dtype=np.int16),
+}
+HEADER = {"kind": "test", "list": [1, 2.5, "λ"], "inner": {"x": None, "y": True}}
+
+
+def test_arrays_and_header_come_back(tmp_path):
+    save_arrays(tmp_path / "a.npz", ARRAYS, HEADER)
+    arrays, header = load_arrays(tmp_path / "a.npz", "test")
+    assert header == HEADER
+    assert arrays.keys() == ARRAYS.keys()
+    for name, array in ARRAYS.items():
+        assert arrays[name].dtype == array.dtype
+        np.testing.assert_array_equal(arrays[name], array)
+    assert np.signbit(arrays["special"][2])
+
+
+def test_the_kind_is_checked(tmp_path):
+    save_arrays(tmp_path / "a.npz", ARRAYS, HEADER)
+    with pytest.raises(ValueError, match=r"a\.npz: holds 'test', expected a specprune other file"):
+        load_arrays(tmp_path / "a.npz", "other")
+    save_arrays(tmp_path / "b.npz", {}, {"no": "kind"})
+    with pytest.raises(ValueError, match="holds None, expected a specprune test file"):
+        load_arrays(tmp_path / "b.npz", "test")
+
+
+def test_objects_are_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match="array 'bad' holds Python objects"):
+        save_arrays(tmp_path / "a.npz", {"bad": np.array([{}], dtype=object)}, HEADER)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "header", [b"", b"{", b"\xff\xfe", b"[1, 2]", b"null"], ids=["empty", "cut", "bytes", "list", "null"]
+)
+def test_headers_that_are_none_are_refused(tmp_path, header):
+    np.savez(tmp_path / "a.npz", __header__=np.frombuffer(header, dtype=np.uint8))
+    with pytest.raises(ValueError, match=r"a\.npz: (not a readable|holds None)"):
+        load_arrays(tmp_path / "a.npz", "test")
+
+
+def test_files_of_other_programs_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"b\.npz: no such file \(expected a specprune test file\)"):
+        load_arrays(tmp_path / "b.npz", "test")
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        load_arrays(tmp_path, "test")
+    for content in (b"", b"P", b"PK\x03\x04", b"PK\x03\x04" + bytes(100), b"text", b"\x93NUMPY" + bytes(50)):
+        (tmp_path / "a.npz").write_bytes(content)
+        with pytest.raises(ValueError, match=r"a\.npz: not a readable specprune test file"):
+            load_arrays(tmp_path / "a.npz", "test")
+
+
+def test_every_truncation_and_flipped_byte_is_noticed(tmp_path):
+    path = tmp_path / "a.npz"
+    save_arrays(path, {"numbers": np.arange(50.0)}, HEADER)
+    content = path.read_bytes()
+    for length in range(len(content)):
+        path.write_bytes(content[:length])
+        with pytest.raises(ValueError, match="not a readable"):
+            load_arrays(path, "test")
+    refused = 0
+    for k in range(len(content)):
+        for bit in (0, 3, 6):
+            path.write_bytes(content[:k] + bytes([content[k] ^ (1 << bit)]) + content[k + 1 :])
+            try:
+                arrays, header = load_arrays(path, "test")
+            except ValueError:
+                refused += 1
+            else:  # bytes that carry nothing, such as the time stamps of a zip file
+                assert header == HEADER
+                np.testing.assert_array_equal(arrays["numbers"], np.arange(50.0))
+    assert refused > len(content)
