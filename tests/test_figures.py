@@ -3,10 +3,12 @@
 import dataclasses
 import io
 import json
+import sys
 
 import matplotlib
 import numpy as np
 import pytest
+import torch
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
@@ -16,6 +18,20 @@ from specprune.figures.style import COLUMN_WIDTHS, ROLES, finish_figure, numbers
 from specprune.testbed import default_recipe, load_dataset, train
 
 KEEP = (0.001, 0.03, 0.2, 1.0)  # the first is below what one node a group costs
+
+
+def settings():
+    """Matplotlib's settings but for the backend, which matplotlib chooses when it is first looked at."""
+    return {name: matplotlib.rcParams[name] for name in matplotlib.rcParams if name != "backend"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Networks this small are computed faster by one thread, many times so where the cores are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +45,10 @@ def setting():
 @pytest.fixture(scope="module")
 def folder(setting, tmp_path_factory):
     out = tmp_path_factory.mktemp("figures")
-    settings = matplotlib.rcParams.copy()
+    before = settings()
     paths = make_figures(setting, out)
     assert [path.name for path in paths] == [f"{name}.{kind}" for name in FIGURES for kind in ("json", "pdf", "png")]
-    assert matplotlib.rcParams == settings
+    assert settings() == before
     return out
 
 
@@ -81,9 +97,9 @@ def test_budgets_that_no_network_meets_are_left_out(setting):
 
 
 def test_shared_tradeoff_is_computed_once(setting, folder):
-    assert setting.tradeoff is setting.tradeoff
-    given = dataclasses.replace(setting, given_tradeoff=setting.tradeoff)
-    assert given.tradeoff is setting.tradeoff
+    assert setting.curve is setting.curve
+    given = dataclasses.replace(setting, tradeoff=setting.curve)
+    assert given.curve is setting.curve
     assert read(folder, "approximation_error")["data"]["samples"] == len(setting.dataset.train_inputs)
 
 
@@ -158,8 +174,8 @@ def test_approximation_error(setting, folder):
         assert len(lines[name].get_xdata()) == 2  # the unpruned network has no error to show
         assert np.all(np.diff(lines[name].get_ydata()) < 0)
     assert np.all(lines["measured"].get_ydata() <= lines["certificate"].get_ydata())
-    points = setting.tradeoff.points
-    assert lines["measured"].get_ydata()[0] == pytest.approx(points[0].measured / setting.tradeoff.output_norm)
+    points = setting.curve.points
+    assert lines["measured"].get_ydata()[0] == pytest.approx(points[0].measured / setting.curve.output_norm)
     data = read(folder, "approximation_error")["data"]
     for k, holds in enumerate((True, False, True)):
         data["points"][k]["a_priori_holds"] = holds
@@ -172,7 +188,7 @@ def test_approximation_error(setting, folder):
 
 def test_bias_falls_and_variance_rises(setting, folder):
     left, right = drawn(folder, "bias_variance").axes
-    points = setting.tradeoff.points
+    points = setting.curve.points
     lines = {line.get_label().split(":")[0]: line for line in left.lines}
     assert lines["bias"].get_ydata()[0] > lines["bias"].get_ydata()[-1]
     assert np.all(np.diff(lines["variance"].get_ydata()) > 0)
@@ -190,11 +206,9 @@ def test_bias_falls_and_variance_rises(setting, folder):
 
 
 def test_infinite_bounds_and_missing_test_sets_can_be_drawn(setting):
-    points = [
-        dataclasses.replace(p, margin_bound=np.inf, a_priori=None, test_error=None) for p in setting.tradeoff.points
-    ]
-    curve = dataclasses.replace(setting.tradeoff, points=tuple(points), base_test_error=None)
-    odd = dataclasses.replace(setting, given_tradeoff=curve)
+    points = [dataclasses.replace(p, margin_bound=np.inf, a_priori=None, test_error=None) for p in setting.curve.points]
+    curve = dataclasses.replace(setting.curve, points=tuple(points), base_test_error=None)
+    odd = dataclasses.replace(setting, tradeoff=curve)
     for name in ("approximation_error", "bias_variance"):
         data = json.loads(json.dumps(FIGURES[name].compute(odd), allow_nan=False))
         FIGURES[name].draw(data).savefig(io.BytesIO(), format="png")
@@ -251,21 +265,23 @@ def test_a_failed_drawing_leaves_no_picture(setting, tmp_path, monkeypatch, plac
     assert [path.name for path in tmp_path.iterdir()] == ["eigenvalue_decay.json"]
 
 
-def test_nothing_global_is_touched(setting, tmp_path):
-    import matplotlib.pyplot as plt
+def test_nothing_global_is_touched(folder, monkeypatch):
+    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
+    with matplotlib.rc_context({"lines.linewidth": 2.5}):
+        before = settings()
+        for name in FIGURES:
+            redraw(folder / f"{name}.json")
+        assert settings() == before
+        with pytest.raises(RuntimeError, match="in the middle"):
+            interrupted_style()
+        assert settings() == before
+    assert "matplotlib.pyplot" not in sys.modules  # no windows, no list of figures
 
-    plt.rcParams["lines.linewidth"] = 2.5
-    try:
-        before = plt.rcParams.copy()
-        make_figures(setting, tmp_path, ["eigenvalue_decay", "bias_variance"])
-        assert plt.rcParams == before
-        with pytest.raises(RuntimeError), figure_style():
-            assert plt.rcParams["lines.linewidth"] == 1.1
-            raise RuntimeError
-        assert plt.rcParams == before
-        assert plt.get_fignums() == []
-    finally:
-        plt.rcParams["lines.linewidth"] = matplotlib.rcParamsDefault["lines.linewidth"]
+
+def interrupted_style():
+    with figure_style():
+        assert matplotlib.rcParams["lines.linewidth"] == 1.1
+        raise RuntimeError("in the middle")
 
 
 def test_style_agrees_with_the_tradeoff_plot():

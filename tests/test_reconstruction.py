@@ -74,19 +74,22 @@ def test_least_squares_with_a_ridge(seed, columns, intercept, exponent):
 
 
 @pytest.mark.parametrize("intercept", [True, False])
-@pytest.mark.parametrize("noise", [0.0, 1e-9])
-def test_collinear_inputs_without_a_ridge_stay_tame(intercept, noise):
-    inputs, outputs, _ = regression(60, 4, 3, 0)
-    doubled = np.hstack([inputs, inputs[:, :2], np.zeros((60, 1))])
-    doubled[:, 4:6] += noise * np.random.default_rng(1).standard_normal((60, 2))
+@pytest.mark.parametrize("noise", [0.0, 1e-9, 3e-8])
+@pytest.mark.parametrize("seed", range(16))
+def test_collinear_inputs_without_a_ridge_stay_tame(intercept, noise, seed):
+    inputs, outputs, _ = regression(60, 4, 3, seed)
+    # A dead column stops the factorisation at once; copies that differ by rounding may let it pass, with wild weights.
+    dead = seed % 2
+    doubled = np.hstack([inputs, inputs[:, :2], np.zeros((60, dead))])
+    doubled[:, 4:6] += noise * np.random.default_rng(seed).standard_normal((60, 2))
     moments = LayerMoments.of(torch.as_tensor(np.hstack([doubled, outputs])))
-    weights, shift = least_squares(moments, 7, ridge=0.0, intercept=intercept)
+    weights, shift = least_squares(moments, 6 + dead, ridge=0.0, intercept=intercept)
     design = np.hstack([inputs, np.ones((60, 1))]) if intercept else inputs
     best = np.linalg.lstsq(design, outputs, rcond=None)[0]
     error, least = outputs - doubled @ weights.T - shift, outputs - design @ best
     assert np.sum(error**2) <= np.sum(least**2) * (1 + 1e-6)
     assert np.abs(weights).max() < 1e3 * np.abs(best).max()
-    assert np.all(np.abs(weights[:, 6]) < 1e-6)
+    assert np.all(np.abs(weights[:, 6:]) < 1e-6)
 
 
 def test_inputs_that_are_all_zero():
@@ -172,7 +175,8 @@ DATA = [tensor(150, 8, seed=6, dtype=torch.float64) + 0.3]
 
 
 def mse(a, b, data=DATA):
-    return float((a(data[0]) - b(data[0])).square().mean())
+    with torch.no_grad():
+        return float((a(data[0]) - b(data[0])).square().mean())
 
 
 def test_least_squares_is_never_worse_than_folding_on_the_calibration_data():

@@ -24,7 +24,7 @@ from specprune.compress.batches import Forward, batch_size
 from specprune.compress.layers import get_layer
 
 _SPLIT = 1e-9  # t of `_error_moment`, which enlarges the certificate by half of it
-_SAME_DATA = 1e-3  # relative difference of degrees of freedom that float32 inputs may make, and other samples exceed
+_SAME_DATA = 16  # roundings of the network's dtype that its covariances may differ by
 
 
 @dataclass(frozen=True)
@@ -221,11 +221,14 @@ def _error_moment(
 def _same_data(pruned: Pruned, moments: Moments) -> Hypothesis:
     """Compare the data that a network was pruned on with the moments: numbers of samples, and spectra where known."""
     same = pruned.report.samples == moments.samples
+    rounding = _SAME_DATA * max(torch.finfo(parameter.dtype).eps for parameter in pruned.model.parameters())
     for entry, group in zip(pruned.report.groups, pruned.groups, strict=True):
         if isinstance(get_layer(pruned.model, group.consumer), nn.Linear):  # a convolution's patches are no pixels
             spectrum = eigenvalues(moments[group.consumer].node_covariance(group.width))
             dof = float(degrees_of_freedom(spectrum, entry.lam))
-            same = same and abs(dof - entry.dof) <= _SAME_DATA * entry.dof
+            # What a relative change of the covariance by `rounding` can make of N, to first order.
+            slope = float(np.sum(entry.lam / np.square(spectrum + entry.lam)) * spectrum.sum())
+            same = same and abs(dof - entry.dof) <= rounding * (slope + dof)
     return Hypothesis("pruned on the samples that ||.||_n is over", float(pruned.report.samples), same)
 
 

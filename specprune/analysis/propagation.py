@@ -64,7 +64,7 @@ def carried_error(
             optimiser.zero_grad()
             value = _bound(error, steps, logs)
             best = min(best, float(value.detach()))
-            value.backward()
+            value.log().backward()  # relative, so that the units of the error do not matter
             optimiser.step()
     return behind * best
 

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from specprune._records import format_table, to_json
 from specprune.analysis.chain import ChainLayer, trace_chain
 from specprune.analysis.evaluation import collect_logits, error_rate, root_mean_square
-from specprune.bounds.bound import Bound
+from specprune.bounds.bound import Bound, Hypothesis
 from specprune.bounds.covering import LayerSize, covering_bound, dudley_bound, ramp_loss
 from specprune.bounds.occam import occam_bound, occam_bound_relaxed
 from specprune.compress import CalibrationData, Pruned
@@ -159,7 +159,7 @@ def covering_bounds(
     targets: np.ndarray,
     approximation_error: float,
     *,
-    input_radius: float,
+    input_radius: float | None,
     measured_radius: float,
     original_widths: Iterable[int],
     delta: float,
@@ -171,7 +171,8 @@ def covering_bounds(
         logits: (n, classes) of the ORIGINAL network on the training set.
         targets: (n,) true classes.
         approximation_error: ||f - f#||_n on the training set; 0 for the original network itself.
-        input_radius: bound on ||x|| over all possible inputs.
+        input_radius: bound on ||x|| over all possible inputs; if None, `measured_radius` stands in, and the hypothesis
+            on it counts as not holding, for other inputs may be longer.
         measured_radius: the largest ||x|| in the training set.
         original_widths: width of each prunable group before pruning.
         delta: allowed probability of failure.
@@ -182,7 +183,7 @@ def covering_bounds(
         candidates = [
             theorem(
                 sizes,
-                input_radius=input_radius,
+                input_radius=measured_radius if input_radius is None else input_radius,
                 n=len(targets),
                 gamma=2.0**exponent,
                 delta=delta,
@@ -194,6 +195,9 @@ def covering_bounds(
             for exponent in MARGIN_EXPONENTS
         ]
         best.append(min(candidates, key=lambda bound: bound.value))
+    if input_radius is None:
+        unproved = Hypothesis(f"||x|| <= D_x = {measured_radius:g} for every input (unproved)", measured_radius, False)
+        best = [replace(bound, hypotheses=(unproved,)) for bound in best]
     return best[0], best[1]
 
 
@@ -241,7 +245,7 @@ def bound_table(
         test: a labelled test set to compare with.
         delta: each bound fails with at most this probability.
         input_radius: bound on ||x|| over all possible inputs (for pixels in [0, 1]^d: sqrt(d)); if None, the largest
-            norm in the training set is taken and reported as an unproved hypothesis.
+            norm in the training set is taken and reported as an unproved hypothesis, which does not hold.
         forward: optional `forward(model, batch)`.
 
     Raises:
@@ -252,7 +256,6 @@ def bound_table(
     held_out = None if test is None else CalibrationData(test, forward)
     logits, targets = collect_logits(model, data)
     measured_radius = input_norm(data, model)
-    radius = measured_radius if input_radius is None else input_radius
     nets: list[tuple[str, nn.Module]] = [("original", model)]
     if pruned is not None:
         nets.append(("pruned", pruned.model))
@@ -272,7 +275,7 @@ def bound_table(
             logits,
             targets,
             root_mean_square(own - logits),
-            input_radius=radius,
+            input_radius=input_radius,
             measured_radius=measured_radius,
             original_widths=cost,
             delta=delta,

@@ -272,7 +272,7 @@ def tradeoff(
                 targets,
                 occam[smallest.network.bits],
                 delta=delta,
-                input_radius=measured_radius if input_radius is None else input_radius,
+                input_radius=input_radius,
                 measured_radius=measured_radius,
             )
         )
@@ -322,7 +322,7 @@ def _point(
     occam: OccamResult,
     *,
     delta: float,
-    input_radius: float,
+    input_radius: float | None,
     measured_radius: float,
 ) -> TradeoffPoint:
     report = pruned.report

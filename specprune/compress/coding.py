@@ -59,6 +59,10 @@ def fold_batch_norms(model: nn.Module, data: CalibrationData) -> nn.Module:
         layer, norm = modules[name], modules[norm_name]
         if norm.running_mean is None:
             raise ValueError(f"the batch norm {norm_name!r} has no running statistics and cannot be folded")
+        if norm.weight is None:
+            norm.weight = nn.Parameter(torch.ones_like(norm.running_mean))
+        if norm.bias is None:
+            norm.bias = nn.Parameter(torch.zeros_like(norm.running_mean))
         fuse = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
         work.set_submodule(name, fuse(layer, norm))
         work.set_submodule(norm_name, nn.Identity())

@@ -255,7 +255,9 @@ def prune(
         moments.samples,
         time.perf_counter() - start,
     )
-    small.train(model.training)
+    modes = {name: module.training for name, module in model.named_modules()}
+    for name, module in small.named_modules():
+        module.training = modes[name]
     return Pruned(small, report, groups, chosen)
 
 

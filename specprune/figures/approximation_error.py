@@ -32,7 +32,7 @@ def compute(setting: FigureSetting) -> dict[str, Any]:
         "label", "output_norm" ||f||_n, "samples", and "points": FLOPs kept, the three errors in logit units, and
         whether the theorem's hypotheses c <= 4 and s <= 5/3 hold.
     """
-    curve = setting.tradeoff
+    curve = setting.curve
     points = [{name: record[name] for name in _COLUMNS} for record in curve.to_records()]
     head = {"label": setting.label, "output_norm": curve.output_norm, "samples": curve.samples}
     return {**head, "points": jsonable(points)}  # a bound of a deep network may be infinite

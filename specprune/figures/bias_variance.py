@@ -22,9 +22,18 @@ def compute(setting: FigureSetting) -> dict[str, Any]:
     Returns:
         "label", and "tradeoff": the fields of `Tradeoff`, every network's terms of Theorems A and C among them.
     """
-    curve = setting.tradeoff
+    return from_tradeoff(setting.curve, setting.label)
+
+
+def from_tradeoff(curve: Tradeoff, label: str) -> dict[str, Any]:
+    """Return the figure's data from a trade-off curve that is there already.
+
+    Args:
+        curve: from `specprune.tradeoff`.
+        label: the figure's title.
+    """
     fields = {name: getattr(curve, name) for name in Tradeoff.__dataclass_fields__ if name != "points"}
-    return {"label": setting.label, "tradeoff": jsonable({**fields, "points": curve.to_records()})}
+    return {"label": label, "tradeoff": jsonable({**fields, "points": curve.to_records()})}
 
 
 def draw(data: dict[str, Any]) -> Figure:
@@ -49,7 +58,7 @@ def _draw_margins(ax: Axes, curve: Tradeoff) -> None:
     """Draw Theorem C; its bias is 0 for the unpruned network, which a logarithmic axis cannot show."""
     params = numbers(point.params for point in curve.points)
     for label, attribute, role in (
-        ("bound: sum of terms", "margin_bound", "bound"),
+        ("bound: sum of all terms", "margin_bound", "bound"),
         (r"bias: $\sqrt{2}\,\|f - f^\sharp\|_n\,/\,\gamma$", "margin_bias", "bias"),
         ("variance: covering", "margin_variance", "variance"),
     ):

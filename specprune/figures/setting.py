@@ -32,7 +32,7 @@ class FigureSetting:
         calibration: number of training images to measure spectra and to prune on (all, if there are fewer).
         keep: fractions of the FLOPs to prune to; those below the smallest network there is are left out.
         seed: of all random choices.
-        given_tradeoff: the trade-off curve, if it is known already; computed on demand if None.
+        tradeoff: the trade-off curve, if it is known already; `curve` computes it if None.
 
     Raises:
         ValueError: no calibration image, or no fraction.
@@ -44,7 +44,7 @@ class FigureSetting:
     calibration: int = 5000
     keep: tuple[float, ...] = KEEP_GRID
     seed: int = 0
-    given_tradeoff: Tradeoff | None = None
+    tradeoff: Tradeoff | None = None
 
     def __post_init__(self) -> None:
         if self.calibration < 1 or not self.keep:
@@ -81,10 +81,10 @@ class FigureSetting:
         return layer_spectra(self.model, self.calibration_batches)
 
     @cached_property
-    def tradeoff(self) -> Tradeoff:
+    def curve(self) -> Tradeoff:
         """The trade-off curve: pruned on the calibration images, bounded on all training images."""
-        if self.given_tradeoff is not None:
-            return self.given_tradeoff
+        if self.tradeoff is not None:
+            return self.tradeoff
         return tradeoff(
             self.model,
             self.dataset.train_batches(),

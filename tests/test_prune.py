@@ -1,0 +1,491 @@
+"""Pruning end to end: what goes in stays, what comes out is smaller, works, and is what the report says."""
+
+import copy
+import json
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from helpers import assert_unchanged, small_convnet, small_mlp, snapshot, tensor
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from specprune.bounds.degrees_of_freedom import leverage_scores
+from specprune.compress import CalibrationData, collect_moments, count_flops, find_groups, prune
+from specprune.compress.groups import remove_nodes
+from specprune.compress.reconstruction import RECONSTRUCTIONS
+from specprune.compress.selection import RULES
+from specprune.compress.spectral import node_statistics
+from specprune.testbed import Recipe, evaluate, load_dataset, train
+
+FLAT, IMAGES = [tensor(30, 8), tensor(10, 8, seed=1)], [tensor(20, 2, 8, 8)]
+NETWORKS = {"mlp": (small_mlp, FLAT), "convnet": (small_convnet, IMAGES)}
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_dataset("digits")
+
+
+@pytest.fixture(scope="module")
+def trained(digits):
+    return train(digits, Recipe("digits", "mlp-64-48", epochs=12, batch_size=64, learning_rate=5e-3)).model
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("allocation", ["uniform", "dof"])
+@pytest.mark.parametrize("reconstruction", RECONSTRUCTIONS)
+def test_keeping_everything_changes_nothing(name, allocation, reconstruction):
+    make, data = NETWORKS[name]
+    model = make().eval()
+    pruned = prune(model, data, 1.0, allocation=allocation, reconstruction=reconstruction)
+    assert torch.equal(pruned.model(data[0]), model(data[0]))
+    for row in pruned.report.groups:
+        assert (row.width_after, row.s) == (row.width_before, 1.0)
+        assert row.leverage_kept == pytest.approx(1)
+    assert pruned.report.flops_after == pruned.report.flops_before
+    assert all(np.array_equal(nodes.weights, np.ones(len(nodes.weights))) for nodes in pruned.nodes.values())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("reconstruction", RECONSTRUCTIONS)
+def test_the_callers_model_and_the_random_state_stay(name, reconstruction):
+    make, data = NETWORKS[name]
+    model = make().train()
+    next(model.children()).eval()
+    before = snapshot(model)
+    kept = [batch.clone() for batch in data]
+    torch.manual_seed(3)
+    np.random.seed(3)  # noqa: NPY002
+    state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    pruned = prune(model, data, 0.5, reconstruction=reconstruction, selection="leverage", positions=3)
+    assert_unchanged(model, before)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert np.array_equal(np.random.get_state()[1], numpy_state)  # noqa: NPY002
+    assert all(torch.equal(a, b) for a, b in zip(data, kept, strict=True))
+    assert torch.is_grad_enabled()
+    after = snapshot(pruned.model)
+    assert after[1:] == before[1:]  # gradient flags, modes of every module, and no hooks left
+    assert not {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in pruned.model.parameters()}
+
+
+def dense_values(model, group, data, nodes, lam_relative, norm):
+    """lam, dof, kept leverage, c, s and the losses, each from its definition."""
+    seen = []
+    handle = dict(model.named_modules())[group.consumer].register_forward_pre_hook(lambda _, a: seen.append(a[0]))
+    with torch.no_grad():
+        for batch in data:
+            model(batch)
+    handle.remove()
+    inputs = torch.cat(seen).double()
+    if inputs.dim() == 2 and group.slots > 1:
+        inputs = inputs.reshape(len(inputs), group.width, group.slots)
+    rows = inputs.movedim(1, -1).reshape(-1, group.width).numpy()
+    s = rows.T @ rows / len(rows)
+    weight = dict(model.named_modules())[group.consumer].weight.detach().double()
+    if norm is not None:
+        layer = dict(model.named_modules())[norm]
+        gain = (layer.weight / torch.sqrt(layer.running_var + layer.eps)).detach().double()
+        weight = weight * gain.reshape(-1, 1, 1, 1)
+    z = weight.reshape(len(weight), group.width, -1).permute(2, 0, 1).reshape(-1, group.width).numpy()
+    lam = lam_relative * np.trace(s)
+    whole = np.linalg.solve((s + lam * np.eye(len(s))).T, s.T).T
+    dof = np.trace(whole)
+    q = np.diag(whole) / dof
+    kept = nodes.indices
+    q = np.maximum(q, np.finfo(float).eps / len(q))  # dead nodes: the smallest weight there is
+    omega = np.ones(len(kept)) if len(kept) == group.width else 1 / (q[kept] * len(kept))
+    block = s[np.ix_(kept, kept)] + lam * np.diag(1 / omega)
+    residual = s - s[:, kept] @ np.linalg.solve(block, s[kept])
+    return {
+        "lam": lam,
+        "dof": dof,
+        "leverage_kept": q[kept].sum(),
+        "c": np.linalg.eigvalsh(residual)[-1] / lam,
+        "s": omega.sum() / group.width,
+        "input_loss": np.trace(residual) / np.trace(s),
+        "output_loss": np.trace(z @ residual @ z.T) / np.trace(z @ s @ z.T),
+    }
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("selection", sorted(RULES))
+def test_the_report_says_what_is_so(name, selection):
+    make, data = NETWORKS[name]
+    model = make().double().eval()
+    data = [batch.double() for batch in data]
+    pruned = prune(model, data, 0.5, selection=selection, lam=1e-3)
+    norms = {group.name: group.direct_norm for group in pruned.groups}
+    for row, group in zip(pruned.report.groups, pruned.groups, strict=True):
+        expected = dense_values(model, group, data, pruned.nodes[group.name], 1e-3, norms.get(group.consumer))
+        for field, value in expected.items():
+            assert getattr(row, field) == pytest.approx(value, rel=1e-7, abs=1e-12), (group.name, field)
+        assert (row.group, row.consumer, row.width_before) == (group.name, group.consumer, group.width)
+        assert row.width_after == len(pruned.nodes[group.name].indices)
+        assert np.all(np.diff(pruned.nodes[group.name].indices) > 0)
+    report = pruned.report
+    assert report.samples == sum(map(len, data))
+    assert report.flops_after == count_flops(pruned.model, CalibrationData(data))
+    assert report.params_after == sum(p.numel() for p in pruned.model.parameters())
+    assert report.params_before == sum(p.numel() for p in model.parameters())
+    assert report.seconds >= sum(row.seconds for row in report.groups) > 0
+
+
+def test_reports_can_be_read_and_stored():
+    report = prune(small_mlp(), FLAT, 0.5).report
+    stored = json.loads(report.to_json())
+    assert stored["settings"]["keep"] == 0.5
+    assert stored["groups"][0]["group"] == "fc1"
+    assert report.to_records()[1]["consumer"] == "fc3"
+    text = str(report)
+    assert f"FLOPs {report.flops_before} -> {report.flops_after}" in text
+    assert len(text.splitlines()) == 5
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    name=st.sampled_from(sorted(NETWORKS)),
+    measure=st.sampled_from(["flops", "params", "nodes"]),
+    allocation=st.sampled_from(["uniform", "dof"]),
+    keep=st.floats(0.35, 1.0),
+)
+def test_budgets_hold_for_the_real_network(name, measure, allocation, keep):
+    make, data = NETWORKS[name]
+    report = prune(make(), data, keep, measure=measure, allocation=allocation, reconstruction="none").report
+    before = {
+        "flops": report.flops_before,
+        "params": report.params_before,
+        "nodes": sum(r.width_before for r in report.groups),
+    }
+    after = {
+        "flops": report.flops_after,
+        "params": report.params_after,
+        "nodes": sum(row.width_after for row in report.groups),
+    }
+    assert after[measure] <= keep * before[measure] * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("selection", sorted(RULES))
+@pytest.mark.parametrize("reconstruction", RECONSTRUCTIONS)
+def test_every_rule_goes_with_every_reconstruction(name, selection, reconstruction):
+    make, data = NETWORKS[name]
+    model = make().eval()
+    pruned = prune(model, data, 0.4, selection=selection, reconstruction=reconstruction, theta=0.2)
+    outputs = pruned.model(data[0])
+    assert outputs.shape == model(data[0]).shape
+    assert bool(torch.isfinite(outputs).all())
+    assert pruned.report.settings["selection"] == selection
+    if reconstruction == "none":
+        groups = pruned.groups
+        kept = {group: nodes.indices for group, nodes in pruned.nodes.items()}
+        cut = remove_nodes(model, CalibrationData(data), groups, kept)
+        state = pruned.model.state_dict()
+        assert all(torch.equal(value, state[key]) for key, value in cut.state_dict().items())
+
+
+def test_given_widths_are_the_widths():
+    pruned = prune(small_mlp(), FLAT, widths={"fc2": np.int64(4)})
+    assert [row.width_after for row in pruned.report.groups] == [12, 4]
+    assert tuple(pruned.model.fc2.weight.shape) == (4, 12)
+    assert tuple(pruned.model.fc3.weight.shape) == (3, 4)
+    assert (pruned.model.fc2.out_features, pruned.model.fc3.in_features) == (4, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_other_precisions(name, dtype):
+    make, data = NETWORKS[name]
+    pruned = prune(make().to(dtype), [batch.to(dtype) for batch in data], 0.6).model
+    assert {parameter.dtype for parameter in pruned.parameters()} == {dtype}
+    assert pruned(data[0].to(dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("selection", sorted(RULES))
+def test_a_seed_decides_everything(selection):
+    def weights(seed):
+        pruned = prune(small_convnet(), IMAGES, 0.5, selection=selection, positions=3, seed=seed)
+        return {group: nodes.indices.tolist() for group, nodes in pruned.nodes.items()}, pruned.model.state_dict()
+
+    (nodes, first), (again, second) = weights(5), weights(5)
+    assert nodes == again
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    others = [weights(seed)[0] for seed in range(4)]
+    assert any(other != nodes for other in others) == (selection in ("leverage", "random"))
+
+
+def test_the_order_and_split_of_the_data_do_not_matter():
+    model = small_mlp().double()
+    x = torch.cat(FLAT).double()
+    one = prune(model, [x], 0.5)
+    two = prune(model, list(x.flip(0).split(7)), 0.5)
+    assert all(np.array_equal(one.nodes[key].indices, two.nodes[key].indices) for key in one.nodes)
+    assert torch.allclose(one.model(x), two.model(x), rtol=1e-8, atol=1e-10)
+
+
+def test_moments_can_be_handed_over():
+    model = small_mlp()
+    moments = collect_moments(model, FLAT)
+    plain, given_ = prune(model, FLAT, 0.5), prune(model, FLAT, 0.5, moments=moments)
+    assert torch.equal(plain.model(FLAT[0]), given_.model(FLAT[0]))
+    with pytest.raises(ValueError, match="expected channel level, with 'fc2'"):
+        prune(model, FLAT, 0.5, moments=collect_moments(model, FLAT, level="patch"))
+    with pytest.raises(ValueError, match="expected channel level, with 'fc3'"):
+        prune(model, FLAT, 0.5, moments=collect_moments(model, FLAT, ["fc2"]))
+    other = collect_moments(small_mlp((8, 11, 9, 3)), FLAT)
+    with pytest.raises(ValueError, match=r"the moments of 'fc2' have 11 columns, the layer reads 12"):
+        prune(model, FLAT, 0.5, moments=other)
+
+
+def test_the_output_loss_is_measured_behind_the_batch_norm():
+    model = small_convnet().eval()
+    with torch.no_grad():
+        model.norm2.weight[1:] = 1e-6  # only one output of conv2 matters, so only what it reads counts
+    data = CalibrationData(IMAGES)
+    group = find_groups(model, data)[0]
+    moments = collect_moments(model, data, ["conv2"])
+    found = node_statistics(model, moments, group, "norm2").consumer_gram
+    gain = float(model.norm2.weight[0].detach() / torch.sqrt(model.norm2.running_var[0] + model.norm2.eps))
+    own = model.conv2.weight[0].detach().double().flatten(1).numpy() * gain
+    np.testing.assert_allclose(found, own @ own.T, atol=1e-9)
+
+
+# The result is an ordinary module.
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_result_is_an_ordinary_module(name):
+    make, data = NETWORKS[name]
+    model = make()
+    pruned = prune(model, data, 0.5).model.eval()
+    expected = pruned(data[0])
+    assert [type(m) for m in pruned.modules()] == [type(m) for m in model.modules()]
+    twin = copy.deepcopy(pruned)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    twin.load_state_dict(pruned.state_dict())
+    assert torch.equal(twin(data[0]), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(pruned))(data[0]), expected)
+    for module in pruned.modules():  # the sizes that modules state are those of their tensors
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            shape = module.weight.shape
+            stated = (
+                (module.out_features, module.in_features)
+                if isinstance(module, nn.Linear)
+                else (module.out_channels, module.in_channels)
+            )
+            assert stated == (shape[0], shape[1])
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.num_features == len(module.running_mean) == len(module.weight)
+
+
+def test_the_result_can_be_trained():
+    pruned = prune(small_convnet(), IMAGES, 0.5).model.train()
+    optimizer = torch.optim.SGD(pruned.parameters(), 0.01)
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = pruned(IMAGES[0]).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    assert all(parameter.grad is not None and parameter.is_leaf for parameter in pruned.parameters())
+
+
+def test_the_result_can_be_exported():
+    pruned = prune(small_convnet(), IMAGES, 0.5).model.eval()
+    program = torch.export.export(pruned, (IMAGES[0],))
+    assert torch.allclose(program.module()(IMAGES[0]), pruned(IMAGES[0]), atol=1e-6)
+
+
+# On a trained network.
+
+
+def accuracy(model, digits):
+    return 1 - evaluate(model, digits.test_batches())[0]
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "dof"])
+def test_three_tenths_of_the_flops_are_nearly_enough(trained, digits, allocation):
+    base = accuracy(trained, digits)
+    assert base > 0.9
+    batches = digits.train_batches()
+    scores = {
+        kind: accuracy(prune(trained, batches, 0.3, allocation=allocation, reconstruction=kind).model.eval(), digits)
+        for kind in ("sequential", "none")
+    }
+    assert scores["sequential"] >= base - 0.03
+    assert scores["none"] < scores["sequential"] - 0.05
+
+
+def test_labels_are_not_needed(trained, digits):
+    with_labels = prune(trained, digits.train_batches(), 0.3).model
+    without = prune(trained, [batch[0] for batch in digits.train_batches()], 0.3).model
+    for a, b in zip(with_labels.parameters(), without.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_draw_of_the_theorem_merges_repeated_nodes(trained, digits):
+    batches = digits.train_batches()
+    pruned = prune(trained, batches, allocation="theory", selection="leverage", lam=0.05, seed=2)
+    merged = False
+    generator = np.random.default_rng(2)
+    for group, row in zip(pruned.groups, pruned.report.groups, strict=True):
+        nodes = pruned.nodes[group.name]
+        moments = collect_moments(trained, batches, [group.consumer])
+        covariance = moments[group.consumer].node_covariance(group.width)
+        q = leverage_scores(covariance, row.lam)
+        values = np.linalg.eigvalsh(covariance)
+        count = float(np.sum(values / (values + row.lam)))
+        size = math.ceil(5 * count * math.log(80 * count))
+        draws = generator.choice(group.width, size=size, p=q / q.sum())
+        copies = np.bincount(draws, minlength=group.width)
+        np.testing.assert_array_equal(nodes.indices, np.flatnonzero(copies))
+        np.testing.assert_allclose(nodes.weights, copies[nodes.indices] / (q[nodes.indices] * size), rtol=1e-8)
+        merged |= bool((copies > 1).any())
+        # The multiset with its penalties lam M q, one a draw, leaves the same residual as the merged nodes.
+        block = covariance[np.ix_(draws, draws)] + np.diag(row.lam * size * q[draws])
+        residual = covariance - covariance[:, draws] @ np.linalg.solve(block, covariance[draws])
+        assert row.input_loss == pytest.approx(np.trace(residual) / np.trace(covariance), rel=1e-6)
+        assert row.c == pytest.approx(np.linalg.eigvalsh(residual)[-1] / row.lam, rel=1e-6)
+    assert merged
+
+
+def test_dof_widths_at_a_given_lambda(trained, digits):
+    pruned = prune(trained, digits.train_batches(), allocation="dof", lam=1e-3)
+    for row in pruned.report.groups:
+        assert row.width_after == math.ceil(row.dof) < row.width_before
+
+
+# Bad arguments.
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keep": 0.0}, r"keep=0\.0: expected the fraction to keep"),
+        ({"keep": 2}, "keep=2: expected the fraction to keep"),
+        ({"keep": -0.5}, r"keep=-0\.5: expected the fraction to keep"),
+        ({"keep": float("nan")}, "keep=nan: expected the fraction to keep"),
+        ({"keep": 0.5, "widths": {"fc1": 3}}, "give keep, or widths, or neither"),
+        ({}, "give keep, or widths, or neither"),
+        ({"keep": 0.5, "allocation": "theory"}, "give keep, or widths, or neither"),
+        ({"keep": 0.5, "measure": "time"}, "measure='time': expected one of"),
+        ({"keep": 0.5, "allocation": "best"}, "allocation='best': expected one of"),
+        ({"keep": 0.5, "selection": "best"}, "selection='best': expected one of"),
+        ({"keep": 0.5, "reconstruction": "best"}, "reconstruction='best': expected one of"),
+        ({"keep": 0.5, "theta": -0.1}, r"theta=-0\.1: expected a number between 0 and 1"),
+        ({"keep": 0.5, "theta": 1.1}, r"theta=1\.1: expected a number between 0 and 1"),
+        ({"keep": 0.5, "theta": float("nan")}, "theta=nan: expected a number between 0 and 1"),
+        ({"keep": 0.5, "lam": 0.0}, r"lam=0\.0: expected a positive number"),
+        ({"keep": 0.5, "lam": -1e-3}, r"lam=-0\.001: expected a positive number"),
+        ({"keep": 0.5, "lam": float("nan")}, "lam=nan: expected a positive number"),
+        ({"keep": 0.5, "lam": float("inf")}, "lam=inf: expected a positive number"),
+        ({"keep": 0.5, "lam": 1e-30}, "lam=1e-30: expected a positive number.*rounding"),
+        ({"keep": 0.5, "ridge": -1e-9}, "ridge=-1e-09: expected a number that is not negative"),
+        ({"keep": 0.5, "ridge": float("nan")}, "ridge=nan: expected a number that is not negative"),
+        ({"keep": 0.5, "positions": 0}, "positions=0: expected at least 1"),
+        ({"widths": {"fc9": 3}}, r"widths=\{'fc9': 3\}: the groups and their full widths are"),
+        ({"widths": {"fc1": 13}}, r"widths=\{'fc1': 13\}: the groups and their full widths are"),
+        ({"widths": {"fc1": 0}}, r"widths=\{'fc1': 0\}: the groups and their full widths are"),
+        ({"widths": {"fc1": 2.5}}, r"widths=\{'fc1': 2\.5\}: the groups and their full widths are"),
+        ({"keep": 0.001}, r"keep=0\.001: with the smallest widths the network still costs"),
+        ({"allocation": "theory", "lam": 1.0}, r"lam=1\.0: the theorem needs lambda at most the largest eigenvalue"),
+    ],
+)
+def test_bad_arguments_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        prune(small_mlp(), FLAT, **options)
+
+
+def changed(change):
+    model = small_mlp()
+    with torch.no_grad():
+        change(model)
+    return model
+
+
+def nan_weight(model):
+    model.fc2.weight[0, 0] = float("nan")
+
+
+def dead_nodes(model):
+    model.fc1.weight.zero_()
+    model.fc1.bias.fill_(-1.0)
+
+
+NAN = FLAT[0].clone()
+NAN[25, 3] = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "error", "message"),
+    [
+        (small_mlp(), [], ValueError, "batches is empty"),
+        (small_mlp(), [FLAT[0][:0]], ValueError, "the first batch has no samples"),
+        (small_mlp(), iter(FLAT), TypeError, "one-pass iterator"),
+        (small_mlp(), FLAT[0], TypeError, "must be a re-iterable of batches"),
+        (small_mlp(), [NAN], ValueError, "NaN or Inf in the inputs of layer 'fc2'"),
+        (small_mlp(), [NAN[25:]], ValueError, "NaN or Inf in the inputs of layer 'fc1'"),
+        (small_mlp(), [FLAT[0].double()], ValueError, r"batch 0 has dtype torch\.float64"),
+        (small_mlp(), [FLAT[0].to("meta")], ValueError, "batch 0 is on device meta"),
+        (changed(nan_weight), FLAT, ValueError, r"the model's 'fc2\.weight' has 1 NaN or Inf"),
+        (changed(dead_nodes), FLAT, ValueError, r"the nodes of \['fc1'\] are zero on all calibration data"),
+        (
+            changed(lambda m: m.fc1.weight.requires_grad_(False)),
+            FLAT,
+            ValueError,
+            r"the parameters \['fc1\.weight'\] are frozen",
+        ),
+    ],
+    ids=[
+        "empty",
+        "no samples",
+        "iterator",
+        "tensor",
+        "nan",
+        "nan first",
+        "dtype",
+        "device",
+        "nan weight",
+        "dead",
+        "frozen",
+    ],
+)
+def test_bad_models_and_data_are_named(model, data, error, message):
+    with pytest.raises(error, match=message):
+        prune(model, data, 0.5)
+
+
+def test_random_augmentation_is_noticed():
+    class Noisy:
+        def __iter__(self):
+            yield FLAT[0] + torch.rand(1)
+
+    with pytest.raises(ValueError, match="batches gave other data on this pass"):
+        prune(small_mlp(), Noisy(), 0.5)
+
+
+def test_some_dead_nodes_do_no_harm():
+    model = small_mlp()
+    with torch.no_grad():
+        model.fc1.weight[:5] = 0
+        model.fc1.bias[:5] = -1
+    for selection in ("greedy", "cholesky"):
+        pruned = prune(model, FLAT, widths={"fc1": 7}, selection=selection, lam=1e-12, theta=1.0)
+        assert pruned.nodes["fc1"].indices.tolist() == list(range(5, 12))
+        assert torch.allclose(pruned.model(FLAT[0]), model(FLAT[0]), atol=1e-3)
+        whole = prune(model, FLAT, widths={"fc1": 10}, selection=selection)  # dead ones must be taken as well
+        assert bool(torch.isfinite(whole.model(FLAT[0])).all())
+
+
+def test_small_choices_report_larger_losses():
+    losses = [
+        prune(small_mlp(), FLAT, widths={"fc1": width}, theta=1.0).report.groups[0].input_loss for width in (2, 5, 9)
+    ]
+    assert losses == sorted(losses, reverse=True)

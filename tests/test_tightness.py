@@ -1,0 +1,276 @@
+"""The bound table on a digits network, and Theorem A end to end: it fails no more often than it says."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from specprune import bound_table
+from specprune.analysis import BoundTable, occam_results, trace_chain
+from specprune.analysis.evaluation import collect_logits, error_rate
+from specprune.analysis.tightness import BITS, covering_bounds, input_norm, layer_sizes
+from specprune.bounds import occam_bound, ramp_loss
+from specprune.compress import CalibrationData, prune
+from specprune.testbed import Recipe, load_dataset, mlp, train
+
+
+@pytest.fixture(scope="module")
+def problem():
+    """A digits classifier, what is left of it after pruning, and the data."""
+    dataset = load_dataset("digits")
+    model = train(dataset, Recipe("digits", "mlp-32-24", epochs=8, batch_size=64, learning_rate=5e-3)).model
+    batches = dataset.train_batches()
+    return model, prune(model, batches, 0.15), batches, dataset.test_batches(), dataset
+
+
+@pytest.fixture(scope="module")
+def table(problem):
+    model, pruned, batches, test, _ = problem
+    return bound_table(model, batches, pruned, test)
+
+
+def test_every_bound_of_every_network_is_there_and_sorted(table, problem):
+    records = table.to_records()
+    names = {"Occam (kl)", "covering (single scale)", "covering (Dudley)"}
+    assert {(row["net"], row["bound"]) for row in records} == {
+        (net, n) for net in ("original", "pruned") for n in names
+    }
+    assert len(records) == 6
+    values = [row["value"] for row in records]
+    assert values == sorted(values)
+    assert table.samples == len(problem[4].train_targets)
+    assert table.delta == 0.05
+
+
+def test_the_test_error_is_below_every_bound_that_says_something(table):
+    informative = [row for row in table.to_records() if not row["vacuous"]]
+    assert {(row["net"], row["bound"]) for row in informative} >= {("pruned", "Occam (kl)")}
+    for row in informative:
+        assert row["value"] < 1
+        assert row["test_error"] < row["value"]
+    for row in table.to_records():
+        assert row["vacuous"] == (row["value"] >= 1)
+        assert row["dominant"] in ("empirical", "bias", "variance", "confidence")
+    assert any(row["vacuous"] for row in table.to_records())
+
+
+def test_errors_are_those_of_the_networks(table, problem):
+    model, pruned, batches, test, _ = problem
+    for label, net in (("original", model), ("pruned", pruned.model)):
+        assert table.train_errors[label] == error_rate(*collect_logits(net, CalibrationData(batches)))
+        assert table.test_errors[label] == error_rate(*collect_logits(net, CalibrationData(test)))
+
+
+def test_the_pruned_network_alone_pays_bias_and_widths(table, problem):
+    bounds = {(label, bound.name): bound for label, bound in table.bounds}
+    for name in ("covering (single scale)", "covering (Dudley)"):
+        assert bounds["original", name].terms["bias"] == 0
+        assert bounds["pruned", name].terms["bias"] > 0
+        assert bounds["pruned", name].terms["variance"] < bounds["original", name].terms["variance"]
+    _, pruned, batches, _, _ = problem
+    data = CalibrationData(batches)
+    with_widths = occam_results(pruned.model, data, [32, 24])[4]
+    without = occam_results(pruned.model, data, [])[4]
+    assert with_widths.network.code_length([32, 24]) == pytest.approx(
+        without.network.code_length([]) + math.log(32 * 24), rel=1e-12
+    )
+    assert with_widths.bound.value > without.bound.value
+    assert bounds["pruned", "Occam (kl)"].value == min(
+        result.bound.value for result in occam_results(pruned.model, data, [32, 24]).values()
+    )
+
+
+@pytest.mark.parametrize(
+    ("radius", "holds", "words"), [(None, False, "unproved"), (8.0, True, "D_x = 8"), (0.5, False, "= 0.5")]
+)
+def test_hypothesis_on_the_radius(problem, radius, holds, words):
+    model, _, batches, _, _ = problem
+    table = bound_table(model, batches, input_radius=radius)
+    for _, bound in table.bounds:
+        if bound.name.startswith("covering"):
+            (hypothesis,) = bound.hypotheses
+            assert hypothesis.holds is holds
+            assert words in hypothesis.statement
+            assert hypothesis.value == input_norm(CalibrationData(batches), model)
+            assert bound.valid is holds
+        else:
+            assert bound.valid
+    assert table.test_errors == {}
+    assert all(row["test_error"] is None for row in table.to_records())
+
+
+def test_json_is_strict_and_text_is_a_table(table):
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    loaded = json.loads(table.to_json(), parse_constant=refuse)
+    assert len(loaded["records"]) == len(loaded["bounds"]) == 6
+    assert loaded["samples"] == table.samples
+    assert len(loaded["hypotheses"]) == 4
+    assert loaded["records"][0]["value"] == table.bounds[0][1].value
+    lines = str(table).splitlines()
+    assert f"n = {table.samples}" in lines[0]
+    assert len(lines) == 3 + 6
+    assert isinstance(table, BoundTable)
+
+
+def test_occam_results_by_hand(problem):
+    _, pruned, batches, _, _ = problem
+    data = CalibrationData(batches)
+    results = occam_results(pruned.model, data, [32, 24], delta=0.1)
+    assert tuple(results) == BITS
+    for bits, result in results.items():
+        assert result.network.bits == bits
+        logits, targets = collect_logits(result.network.model, data)
+        assert result.train_error == error_rate(logits, targets)
+        length = result.network.code_length([32, 24])
+        assert result.bound == occam_bound(result.train_error, len(targets), length, 0.1)
+        assert result.complexity == pytest.approx(math.sqrt((length + math.log(10)) / (2 * len(targets))), rel=1e-12)
+        assert result.bound.value <= result.train_error + result.complexity + 1e-12
+    assert results[8].train_error <= results[2].train_error
+
+
+def test_layer_sizes_bound_the_layers_as_maps():
+    """Norms against dense matrices: of a strided, a dilated and a dense layer, with what follows each."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 3, 3, stride=2, padding=1),
+        nn.LeakyReLU(2.0),
+        nn.MaxPool2d(2, stride=1),
+        nn.Conv2d(3, 2, 2, dilation=2, padding=1),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(2, 4),
+    ).double()
+    x = torch.zeros(2, 1, 8, 8, dtype=torch.float64)
+    sizes = layer_sizes(trace_chain(model, CalibrationData([x])))
+    with torch.no_grad():
+        for size, module, shape, factor in zip(
+            sizes, (model[0], model[3], model[6]), ((1, 8, 8), (3, 3, 3), (2,)), (4.0, 0.5, 1.0), strict=True
+        ):
+            offset = module(torch.zeros(1, *shape, dtype=torch.float64))
+            width = math.prod(shape)
+            matrix = (module(torch.eye(width, dtype=torch.float64).reshape(width, *shape)) - offset).flatten(1)
+            assert size.operator_norm >= factor * np.linalg.norm(matrix.numpy(), 2) * (1 - 1e-12)
+            assert size.operator_norm <= factor * 3 * np.linalg.norm(matrix.numpy(), 2)
+            assert size.bias_norm == pytest.approx(factor * float(offset.norm()), rel=1e-12)
+            assert (size.weights, size.biases) == (module.weight.numel(), len(module.bias))
+
+
+def test_layer_sizes_bound_outputs():
+    """D_1 = ||x||, D_{l+1} = s_l D_l + B_l bounds what the network can give, whatever the input."""
+    generator = np.random.default_rng(0)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        model = nn.Sequential(
+            nn.Conv2d(1, 3, 3, padding=1),
+            nn.ELU(2.0),
+            nn.MaxPool2d(3, stride=2),
+            nn.Flatten(),
+            nn.Linear(27, 5),
+            nn.Tanh(),
+            nn.Linear(5, 2),
+        ).double()
+        x = torch.from_numpy(
+            generator.normal(size=(200, 1, 8, 8)) * 10 ** generator.uniform(-2, 2, size=(200, 1, 1, 1))
+        )
+        bound = x.flatten(1).norm(dim=1)
+        for size in layer_sizes(trace_chain(model, CalibrationData([x]))):
+            bound = size.operator_norm * bound + size.bias_norm
+        assert bool((model(x).norm(dim=1) <= bound).all())
+
+
+def test_covering_bounds_take_the_best_margin(problem):
+    model, _, batches, _, _ = problem
+    data = CalibrationData(batches)
+    logits, targets = collect_logits(model, data)
+    bounds = covering_bounds(
+        trace_chain(model, data),
+        logits,
+        targets,
+        0.25,
+        input_radius=8.0,
+        measured_radius=6.0,
+        original_widths=[32, 24],
+        delta=0.05,
+    )
+    for bound in bounds:
+        gamma = float(bound.loss.removeprefix("ramp(").removesuffix(")"))
+        assert bound.terms["empirical"] == ramp_loss(logits, targets, gamma)
+        assert bound.terms["bias"] == pytest.approx(math.sqrt(2) / gamma * 0.25)
+
+
+def test_input_norm_is_of_what_the_network_reads():
+    model, x = mlp((4, 3, 2)), torch.tensor([[3.0, 4, 0, 0], [0, 0, 1, 0]])
+    assert input_norm(CalibrationData([x[:1], x[1:]]), model) == pytest.approx(5)
+    assert input_norm(CalibrationData([x], lambda net, batch: net(10 * batch)), model) == pytest.approx(50)
+    assert input_norm(CalibrationData([{"a": x}], lambda net, batch: net(batch["a"])), model) == pytest.approx(5)
+    with pytest.raises(TypeError, match="one tensor"):
+        input_norm(CalibrationData([{"input": x}]), mlp((4, 3, 2)))
+
+
+def test_data_that_is_unsuitable():
+    model, x = mlp((4, 3, 2)), torch.rand(6, 4)
+    with pytest.raises(TypeError, match="without targets"):
+        bound_table(model, [x])
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        bound_table(model, [(x, torch.full((6,), 2))])
+
+
+def coverage(draws, samples, fit, seed=0):
+    """Draw training sets, fit and round a network to each; return how often the bound fails, and all bounds.
+
+    The problem: x in {0, ..., 7} as one-hot vectors, class 1 with probability p(x). So every risk is known exactly.
+    """
+    generator = np.random.default_rng(seed)
+    chances = np.array([0.05, 0.9, 0.2, 0.8, 0.35, 0.65, 0.1, 0.5])
+    points = torch.eye(8)
+    failures, values, risks = 0, [], []
+    for _ in range(draws):
+        chosen = generator.integers(8, size=samples)
+        targets = torch.from_numpy((generator.random(samples) < chances[chosen]).astype(np.int64))
+        model = fit(points[chosen], targets, generator)
+        results = occam_results(model, CalibrationData([(points[chosen], targets)]), [], delta=0.1)
+        for result in results.values():  # all bits at once are covered by one delta
+            with torch.no_grad():
+                says_one = (result.network.model(points).argmax(dim=1) == 1).numpy()
+            risk = float(np.where(says_one, 1 - chances, chances).mean())
+            values.append(result.bound.value)
+            risks.append(risk - result.bound.value)
+        failures += max(risks[-len(results) :]) > 0
+    return failures / draws, np.array(values)
+
+
+def memorise(inputs, targets, generator):
+    """The classifier that fits the training set best: the majority vote of each point, as a linear network."""
+    votes = inputs.T @ (2.0 * targets.float() - 1) + 0.01
+    model = nn.Sequential(nn.Linear(8, 2, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.stack([-votes, votes]))
+    return model
+
+
+def test_theorem_a_covers():
+    failed, values = coverage(150, 60, memorise)
+    assert failed <= 0.1
+    assert values.min() < 1  # some say something
+    failed, values = coverage(30, 2000, memorise)
+    assert failed <= 0.1
+    assert np.median(values) < 0.4  # and with more data all do; the best risk is 0.2
+
+
+def test_without_its_price_theorem_a_would_not_cover():
+    """The same experiment catches a bound that forgets to pay for the choice: training error and delta alone."""
+    generator = np.random.default_rng(0)
+    chances, failures = np.full(8, 0.5), 0
+    for _ in range(100):
+        chosen = generator.integers(8, size=24)
+        targets = (generator.random(24) < chances[chosen]).astype(np.int64)
+        model = memorise(torch.eye(8)[chosen], torch.from_numpy(targets), generator)
+        with torch.no_grad():
+            wrong = (model(torch.eye(8)[chosen]).argmax(dim=1).numpy() != targets).mean()
+        failures += occam_bound(float(wrong), 24, 0.0, 0.1).value < 0.5
+    assert failures > 30
