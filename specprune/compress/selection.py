@@ -98,8 +98,7 @@ def greedy_nodes(
     if np.any(regulariser < 0) or not np.all(np.isfinite(regulariser)):
         raise ValueError("tau must be finite and not negative")
     residual = covariance + np.diag(regulariser)
-    gains = covariance @ (_metric(covariance, consumer_gram, theta) @ covariance)
-    gains = (gains + gains.T) / 2
+    gains = _initial_gains(covariance, consumer_gram, theta)
     floor = _RANK_TOLERANCE * max(float(residual.diagonal().max()), np.finfo(np.float64).tiny)
     active = np.arange(m)
     chosen: list[int] = []
@@ -118,15 +117,17 @@ def greedy_nodes(
         active = active[stay]
 
 
-def _metric(covariance: np.ndarray, consumer_gram: np.ndarray, theta: float) -> np.ndarray:
+def _initial_gains(covariance: np.ndarray, consumer_gram: np.ndarray, theta: float) -> np.ndarray:
+    """Return Sigma M Sigma with M = theta / Tr Sigma I + (1 - theta) / Tr(Z Sigma Z^T) Z^T Z."""
     input_total = float(np.trace(covariance))
     output_total = float(np.sum(covariance * consumer_gram))
-    metric = np.zeros_like(covariance)
+    gains = np.zeros_like(covariance)
     if theta > 0 and input_total > 0:
-        metric += theta / input_total * np.eye(len(covariance))
+        gains += theta / input_total * (covariance.T @ covariance)  # A^T A: NumPy calls syrk, half the work
     if theta < 1 and output_total > 0:
-        metric += (1 - theta) / output_total * consumer_gram
-    return metric
+        product = covariance @ consumer_gram @ covariance
+        gains += (1 - theta) / output_total / 2 * (product + product.T)
+    return gains
 
 
 def _greedy_block(
