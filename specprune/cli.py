@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import specprune
-from specprune._files import atomic_write, write_text
+from specprune._files import write_text
 from specprune._problem import Problem, load_problem, torch_device
 from specprune._records import format_table, to_json
 from specprune.analysis.evaluation import collect_logits, error_rate
@@ -384,14 +384,11 @@ def run_tradeoff(options: argparse.Namespace) -> None:
         seed=options.seed,
     )
     _show(options, "tradeoff", curve)
-    from specprune.figures import bias_variance, figure_style  # draws; the other commands do without
+    from specprune.figures import bias_variance, save_figure  # draws; the other commands do without
 
-    with figure_style():
-        figure = bias_variance.draw(bias_variance.from_tradeoff(curve, problem.label))
-        for suffix in ("pdf", "png"):
-            with atomic_write(options.out / f"tradeoff.{suffix}") as stream:
-                figure.savefig(stream, format=suffix)
-            _say(options, f"[{options.out / f'tradeoff.{suffix}'}]")
+    figure = bias_variance.draw(bias_variance.from_tradeoff(curve, problem.label))
+    for path in save_figure(figure, options.out / "tradeoff"):
+        _say(options, f"[{path}]")
 
 
 def run_figures(options: argparse.Namespace) -> None:

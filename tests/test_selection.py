@@ -299,8 +299,8 @@ def test_leverage_draws_are_distinct_and_positive():
     for seed in range(20):
         found = leverage_nodes(scores, 3, np.random.default_rng(seed))
         assert sorted(found) == [0, 2, 3]
-    with pytest.raises(ValueError, match="only 3 nodes have a positive leverage score; cannot draw 4"):
-        leverage_nodes(scores, 4, np.random.default_rng(0))
+    assert sorted(leverage_nodes(scores, 4, np.random.default_rng(0))) == [0, 1, 2, 3]  # dead nodes fill up, in order
+    assert sorted(leverage_nodes(scores, 5, np.random.default_rng(0))) == [0, 1, 2, 3, 4]
 
 
 def statistics_of(size=9, seed=0):

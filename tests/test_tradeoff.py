@@ -11,7 +11,9 @@ import torch
 
 from specprune import tradeoff
 from specprune.analysis.evaluation import collect_logits, error_rate, root_mean_square
+from specprune.analysis.tradeoff import KEEP_GRID
 from specprune.compress import CalibrationData, collect_moments, prune
+from specprune.compress.cost import smallest_fraction
 from specprune.testbed import Recipe, load_dataset, train
 
 mpl.use("agg")
@@ -205,7 +207,7 @@ def test_plot(curve):
         ("bound (95 %)", [point.bound for point in curve.points]),
         ("bias: training error", [point.bias for point in curve.points]),
         ("variance: description length", [point.variance for point in curve.points]),
-        ("test error", [point.test_error for point in curve.points]),
+        ("test error", [point.rounded_test_error for point in curve.points]),
     ):
         np.testing.assert_array_equal(drawn[label].get_xdata(), params)
         np.testing.assert_array_equal(drawn[label].get_ydata(), values)
@@ -217,3 +219,13 @@ def test_plot(curve):
     plt.close(figure)
     plt.close(own.figure)
     assert dict(mpl.rcParams) == before
+
+
+def test_the_default_grid_leaves_out_what_no_network_meets(problem):
+    model, batches = problem[0], problem[1]
+    least = smallest_fraction(model, CalibrationData(batches))
+    assert least > min(KEEP_GRID)
+    curve = tradeoff(model, batches)
+    assert len(curve.points) == sum(keep > least for keep in KEEP_GRID)
+    with pytest.raises(ValueError, match="smallest widths"):
+        tradeoff(model, batches, keep=[least / 2])

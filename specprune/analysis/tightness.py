@@ -48,7 +48,7 @@ class BoundTable:
     """All bounds of one network, the smallest first.
 
     Args:
-        bounds: label of the network and bound.
+        bounds: label of the network and bound; Theorem A's networks are those rounded to some bits a weight.
         train_errors: network label to measured training error.
         test_errors: network label to measured test error, where a test set was given.
         samples: size n of the training set.
@@ -268,8 +268,12 @@ def bound_table(
         if held_out is not None:
             test_errors[label] = error_rate(*collect_logits(net, held_out))
         cost = widths if label == "pruned" else []
-        occam = occam_results(net, data, cost, delta=delta).values()
-        rows.append((label, min((result.bound for result in occam), key=lambda bound: bound.value)))
+        occam = min(occam_results(net, data, cost, delta=delta).values(), key=lambda result: result.bound.value)
+        rounded = f"{label}, {occam.network.bits} bits"
+        rows.append((rounded, occam.bound))
+        train_errors[rounded] = occam.train_error
+        if held_out is not None:
+            test_errors[rounded] = error_rate(*collect_logits(occam.network.model, held_out))
         for bound in covering_bounds(
             trace_chain(net, data),
             logits,

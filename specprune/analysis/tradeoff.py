@@ -15,9 +15,10 @@ from specprune._records import format_table, to_json
 from specprune.analysis.approximation import approximation, patch_moments
 from specprune.analysis.chain import trace_chain
 from specprune.analysis.evaluation import collect_logits, error_rate, root_mean_square
-from specprune.analysis.tightness import OccamResult, covering_bounds, input_norm, occam_results
+from specprune.analysis.tightness import covering_bounds, input_norm, occam_results
 from specprune.compress import CalibrationData, Moments, Pruned, collect_moments, prune
 from specprune.compress.batches import Forward
+from specprune.compress.cost import smallest_fraction
 from specprune.compress.moments import check_finite_weights
 
 if TYPE_CHECKING:
@@ -66,10 +67,11 @@ class TradeoffPoint:
         variance: Theorem A's complexity sqrt((code length + ln(1/delta)) / (2n)).
         bound: Theorem A's bound in its kl form, at most bias + variance; on the rounded network's true error.
         bits: number of bits per weight, the same on the whole curve: those that give its smallest bound.
+        rounded_test_error: test error of that rounded network; None without a test set.
         margin_bias: sqrt(2)/gamma ||f - f#||_n.
         margin_variance: 24 sqrt(P/n (1 + ln(1+K))).
         margin_bound: Theorem C's bound.
-        train_error: training error of the pruned network.
+        train_error: training error of the pruned network, not rounded.
         test_error: its test error; None without a test set.
         refit_train_error: training error of the same nodes after the sequential refit.
         refit_test_error: its test error; None without a test set.
@@ -90,6 +92,7 @@ class TradeoffPoint:
     variance: float
     bound: float
     bits: int
+    rounded_test_error: float | None
     margin_bias: float
     margin_variance: float
     margin_bound: float
@@ -145,7 +148,7 @@ class Tradeoff:
         return format_table(rows, _COLUMNS, title)
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Draw bias, variance, bound and test error against the parameters of the pruned networks.
+        """Draw bias, variance, bound and test error of the pruned, rounded networks against their parameters.
 
         Args:
             ax: where to draw; a new figure if None.  Nothing is shown and no global setting is changed.
@@ -165,7 +168,7 @@ class Tradeoff:
         ):
             ax.plot(params, values, label=label, **style)
         if self.base_test_error is not None:
-            test_errors = np.array([point.test_error for point in self.points], dtype=float)
+            test_errors = np.array([point.rounded_test_error for point in self.points], dtype=float)
             ax.plot(
                 params,
                 test_errors,
@@ -216,8 +219,8 @@ def tradeoff(
         model: a chain classifier; left as it is.
         train: the labelled training set that it was trained on, all of it: bounds and ||.||_n are over it.
         test: a labelled test set.
-        keep: fractions of the FLOPs to keep; widths are the degrees of freedom at a common relative lambda.  Used with
-            `KEEP_GRID` where none of `keep`, `lambdas` and `widths` is given.
+        keep: fractions of the FLOPs to keep; widths are the degrees of freedom at a common relative lambda.  Where none
+            of `keep`, `lambdas` and `widths` is given, the fractions of `KEEP_GRID` that the network can meet.
         lambdas: relative lambdas instead; widths are ceil(N_l(lambda Tr Sigma_l)).
         widths: group name to width, one mapping a network, instead.
         calibration: unlabelled data to prune on; the training set if None.
@@ -240,26 +243,25 @@ def tradeoff(
         Suzuki et al. 2020, arXiv:1808.08558, Theorems 1 and 2, with constants derived here (`specprune.bounds`).
     """
     check_finite_weights(model)
-    grid = _grid(keep, lambdas, widths)
     data = CalibrationData(train, forward)
     held_out = None if test is None else CalibrationData(test, forward)
     used = data if calibration is None else CalibrationData(calibration, forward)
+    grid = _grid(keep, lambdas, widths) or _default_grid(model, used)
     logits, targets = collect_logits(model, data)
     measured_radius = input_norm(data, model)
     layers = trace_chain(model, data)
     exact_moments = patch_moments(model, data, [layer.name for layer in layers])
     channel_moments = collect_moments(model, used)
     test_base = None if held_out is None else error_rate(*collect_logits(model, held_out))
-    nets = []
+    nets: list[tuple[Pruned, Pruned, dict[int, _Rounded]]] = []
     for arguments in tqdm(grid, desc="pruning", disable=None):
         shared = {"selection": selection, "theta": theta, "seed": seed, "moments": channel_moments, **arguments}
         pruned = prune(model, used, reconstruction=reconstruction, **shared)
         refit = prune(model, used, reconstruction="sequential", **shared)
-        original_widths = [group.width for group in pruned.groups]
-        nets.append((pruned, refit, occam_results(pruned.model, data, original_widths, delta=delta)))
-    smallest = min((result for *_, occam in nets for result in occam.values()), key=lambda result: result.bound.value)
+        nets.append((pruned, refit, _rounded_networks(pruned, data, held_out, delta)))
+    bits = min((result.bound, bits) for *_, rounded in nets for bits, result in rounded.items())[1]
     points = []
-    for pruned, refit, occam in tqdm(nets, desc="bounding", disable=None):
+    for pruned, refit, rounded in tqdm(nets, desc="bounding", disable=None):
         points.append(
             _point(
                 model,
@@ -270,7 +272,7 @@ def tradeoff(
                 exact_moments,
                 logits,
                 targets,
-                occam[smallest.network.bits],
+                rounded[bits],
                 delta=delta,
                 input_radius=input_radius,
                 measured_radius=measured_radius,
@@ -299,15 +301,49 @@ def _grid(
 ) -> list[dict[str, Any]]:
     if sum(choice is not None for choice in (keep, lambdas, widths)) > 1:
         raise ValueError("give one of keep, lambdas and widths, not several")
+    if keep is None and lambdas is None and widths is None:
+        return []
     if lambdas is not None:
         grid = [{"allocation": "dof", "lam": float(lam)} for lam in lambdas]
     elif widths is not None:
         grid = [{"widths": dict(entry)} for entry in widths]
     else:
-        grid = [{"allocation": "dof", "keep": float(value)} for value in (KEEP_GRID if keep is None else keep)]
+        grid = [{"allocation": "dof", "keep": float(value)} for value in keep or ()]
     if not grid:
         raise ValueError("the grid is empty: give at least one fraction, lambda or mapping of widths")
     return grid
+
+
+def _default_grid(model: nn.Module, data: CalibrationData) -> list[dict[str, Any]]:
+    least = smallest_fraction(model, data)
+    return [{"allocation": "dof", "keep": keep} for keep in KEEP_GRID if keep > least]
+
+
+@dataclass(frozen=True)
+class _Rounded:
+    """What is kept of a network rounded to some number of bits; the network itself is not."""
+
+    bits: int
+    bound: float
+    complexity: float
+    train_error: float
+    test_error: float | None
+
+
+def _rounded_networks(
+    pruned: Pruned, data: CalibrationData, held_out: CalibrationData | None, delta: float
+) -> dict[int, _Rounded]:
+    results = occam_results(pruned.model, data, [group.width for group in pruned.groups], delta=delta)
+    return {
+        bits: _Rounded(
+            bits,
+            result.bound.value,
+            result.complexity,
+            result.train_error,
+            None if held_out is None else error_rate(*collect_logits(result.network.model, held_out)),
+        )
+        for bits, result in results.items()
+    }
 
 
 def _point(
@@ -319,7 +355,7 @@ def _point(
     moments: Moments,
     logits: np.ndarray,
     targets: np.ndarray,
-    occam: OccamResult,
+    rounded: _Rounded,
     *,
     delta: float,
     input_radius: float | None,
@@ -358,10 +394,11 @@ def _point(
         certificate=distance.certificate.value,
         a_priori=None if a_priori is None else a_priori.value,
         a_priori_holds=None if a_priori is None else a_priori.valid,
-        bias=occam.train_error,
-        variance=occam.complexity,
-        bound=occam.bound.value,
-        bits=occam.network.bits,
+        bias=rounded.train_error,
+        variance=rounded.complexity,
+        bound=rounded.bound,
+        bits=rounded.bits,
+        rounded_test_error=rounded.test_error,
         margin_bias=dudley.terms["bias"],
         margin_variance=dudley.terms["variance"],
         margin_bound=dudley.value,

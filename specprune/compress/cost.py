@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from specprune.compress.batches import CalibrationData, batch_size
-from specprune.compress.groups import Group
+from specprune.compress.groups import Group, find_groups
 
 MEASURES = ("flops", "params", "nodes")
 
@@ -80,6 +80,12 @@ def cost_model(model: nn.Module, data: CalibrationData, groups: Sequence[Group],
             source = feeds.get(name) if parameter.dim() > 1 else None
             terms.append(CostTerm(float(parameter.numel()), source, owns.get(name)))
     return CostModel(full, tuple(terms))
+
+
+def smallest_fraction(model: nn.Module, data: CalibrationData) -> float:
+    """Return which fraction of a chain's FLOPs is left with one node in every group: no budget below it can be met."""
+    cost = cost_model(model, data, find_groups(model, data), "flops")
+    return cost.total(dict.fromkeys(cost.full, 1)) / cost.total()
 
 
 @torch.no_grad()

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from scipy.linalg import lapack
 
-from specprune.bounds.degrees_of_freedom import leverage_scores
+from specprune.bounds.degrees_of_freedom import eigenvalues, leverage_scores
 from specprune.bounds.nodes import WeightedNodes, residual_covariance
 
 BLOCK = 128
@@ -42,6 +43,21 @@ class NodeStatistics:
     def width(self) -> int:
         """Number of nodes m."""
         return len(self.covariance)
+
+    @cached_property
+    def spectrum(self) -> np.ndarray:
+        """The (m,) eigenvalues of the covariance, falling; computed once."""
+        return eigenvalues(self.covariance)
+
+    def leverage(self, lam: float) -> np.ndarray:
+        """Return the (m,) leverage scores at lambda, in units of the covariance; computed once for each lambda."""
+        if lam not in self._leverage:
+            self._leverage[lam] = leverage_scores(self.covariance, lam)
+        return self._leverage[lam]
+
+    @cached_property
+    def _leverage(self) -> dict[float, np.ndarray]:
+        return {}
 
 
 def information_losses(statistics: NodeStatistics, nodes: WeightedNodes, lam: float) -> tuple[float, float]:
@@ -184,6 +200,8 @@ def pivoted_cholesky_nodes(covariance: np.ndarray, size: int) -> np.ndarray:
 def leverage_nodes(scores: np.ndarray, size: int, generator: np.random.Generator) -> np.ndarray:
     """Draw nodes in proportion to their leverage scores until `size` different ones are found.
 
+    Where fewer nodes than that have a positive score, the others (which carry nothing) fill up the set in their order.
+
     Args:
         scores: (m,) probabilities q.
         size: how many different nodes.
@@ -191,27 +209,22 @@ def leverage_nodes(scores: np.ndarray, size: int, generator: np.random.Generator
 
     Returns:
         (size,) indices in the order of their first appearance.
-
-    Raises:
-        ValueError: fewer than `size` nodes have a positive score.
     """
     positive = int(np.count_nonzero(scores))
-    if positive < size:
-        raise ValueError(f"only {positive} nodes have a positive leverage score; cannot draw {size} different ones")
-    return generator.choice(len(scores), size=size, replace=False, p=scores)
+    drawn = generator.choice(len(scores), size=min(size, positive), replace=False, p=scores)
+    return np.concatenate([drawn, np.flatnonzero(np.asarray(scores) == 0)[: size - len(drawn)]])
 
 
 Rule = Callable[[NodeStatistics, int, float, float, np.random.Generator], np.ndarray]
 
 
 def _greedy(statistics: NodeStatistics, size: int, lam: float, theta: float, _: np.random.Generator) -> np.ndarray:
-    scores = leverage_scores(statistics.covariance, lam)
-    tau = lam * size * scores
+    tau = lam * size * statistics.leverage(lam)
     return greedy_nodes(statistics.covariance, statistics.consumer_gram, size, tau=tau, theta=theta)
 
 
 def _leverage(statistics: NodeStatistics, size: int, lam: float, _: float, rng: np.random.Generator) -> np.ndarray:
-    return leverage_nodes(leverage_scores(statistics.covariance, lam), size, rng)
+    return leverage_nodes(statistics.leverage(lam), size, rng)
 
 
 def _cholesky(statistics: NodeStatistics, size: int, *_: object) -> np.ndarray:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from specprune._records import format_table, to_json
-from specprune.bounds.degrees_of_freedom import degrees_of_freedom, eigenvalues, leverage_scores
+from specprune.bounds.degrees_of_freedom import degrees_of_freedom
 from specprune.bounds.nodes import WeightedNodes, feasibility, reconstruction_matrix, sample_nodes, weighted_nodes
 from specprune.bounds.spectral import paper_width
 from specprune.compress.allocation import (
@@ -370,7 +370,7 @@ def _allocate(
         return Allocation({**cost.full, **widths}, {name: lam * trace for name, trace in traces.items()})
     if allocation == "uniform" and keep is not None:
         return uniform_allocation(cost, keep, traces, lam)
-    spectra = {name: eigenvalues(entry.covariance) for name, entry in statistics.items()}
+    spectra = {name: entry.spectrum for name, entry in statistics.items()}
     if allocation == "dof" and keep is not None:
         return dof_allocation(cost, keep, spectra)
     return lambda_allocation(cost.full, spectra, lam, theory=allocation == "theory")
@@ -387,11 +387,11 @@ def _choose(
 ) -> WeightedNodes:
     """Return the kept nodes of one group with their weights, in ascending order."""
     width, lam = plan.widths[group.name], plan.lams[group.name]
-    scores = leverage_scores(statistics.covariance, lam)
+    scores = statistics.leverage(lam)
     whole = WeightedNodes(np.arange(group.width), np.ones(group.width))
     if allocation == "theory" and selection == "leverage":
         # The theorem's own draw: M independent nodes, repeated ones merged.
-        dof = float(degrees_of_freedom(eigenvalues(statistics.covariance), lam))
+        dof = float(degrees_of_freedom(statistics.spectrum, lam))
         drawn = weighted_nodes(sample_nodes(scores, paper_width(dof), generator), scores)
         return whole if len(drawn.indices) == group.width else drawn
     if width == group.width:
@@ -403,7 +403,7 @@ def _choose(
 
 
 def _report(group: Group, statistics: NodeStatistics, nodes: WeightedNodes, lam: float, seconds: float) -> GroupReport:
-    spectrum = eigenvalues(statistics.covariance)
+    spectrum = statistics.spectrum
     if len(nodes.indices) == group.width:  # in closed form: the difference of matrices would be rounding noise
         c, s = float(spectrum[0] / (spectrum[0] + lam)), 1.0
     else:
@@ -417,7 +417,7 @@ def _report(group: Group, statistics: NodeStatistics, nodes: WeightedNodes, lam:
         width_after=len(nodes.indices),
         lam=lam,
         dof=float(degrees_of_freedom(spectrum, lam)),
-        leverage_kept=float(leverage_scores(statistics.covariance, lam)[nodes.indices].sum()),
+        leverage_kept=float(statistics.leverage(lam)[nodes.indices].sum()),
         c=c,
         s=s,
         input_loss=input_loss,

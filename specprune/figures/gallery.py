@@ -92,7 +92,7 @@ def redraw(path: str | os.PathLike[str]) -> list[Path]:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{source}: expected a figure's data as make_figures writes them ({error!r})") from error
     figure = _find(name).draw(data)
-    return [_save(figure, source.with_suffix(f".{kind}"), kind) for kind in _METADATA]
+    return save_figure(figure, source.with_suffix(""))
 
 
 def _find(name: Any) -> ModuleType:
@@ -101,10 +101,21 @@ def _find(name: Any) -> ModuleType:
     return FIGURES[name]
 
 
-def _save(figure: Figure, path: Path, kind: str) -> Path:
-    with figure_style(), atomic_write(path) as stream:
-        figure.savefig(stream, format=kind, metadata=_METADATA[kind])
-    return path
+def save_figure(figure: Figure, stem: str | os.PathLike[str]) -> list[Path]:
+    """Write a figure as `<stem>.pdf` and `<stem>.png`, each whole or not at all, without dates.
+
+    Args:
+        figure: what a figure module's `draw` returned.
+        stem: path without a suffix.
+
+    Returns:
+        The two files.
+    """
+    paths = [Path(f"{os.fspath(stem)}.{kind}") for kind in _METADATA]
+    for path, kind in zip(paths, _METADATA, strict=True):
+        with figure_style(), atomic_write(path) as stream:
+            figure.savefig(stream, format=kind, metadata=_METADATA[kind])
+    return paths
 
 
 def _provenance(setting: FigureSetting) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,8 +11,7 @@ from torch import Tensor, nn
 from specprune.analysis import Spectra, Tradeoff, layer_spectra, tradeoff
 from specprune.analysis.tradeoff import KEEP_GRID
 from specprune.compress import CalibrationData
-from specprune.compress.cost import cost_model
-from specprune.compress.groups import find_groups
+from specprune.compress.cost import smallest_fraction
 from specprune.testbed import Dataset
 
 logger = logging.getLogger(__name__)
@@ -64,10 +62,7 @@ class FigureSetting:
         Raises:
             ValueError: none is met.
         """
-        original = copy.deepcopy(self.model).eval()
-        data = CalibrationData(self.calibration_batches)
-        cost = cost_model(original, data, find_groups(original, data), "flops")
-        least = cost.total(dict.fromkeys(cost.full, 1)) / cost.total()
+        least = smallest_fraction(self.model, CalibrationData(self.calibration_batches))
         met = tuple(sorted(fraction for fraction in set(self.keep) if fraction > least))
         if not met:
             raise ValueError(f"keep={self.keep}: one node a group already costs {least:.3g} of the FLOPs; keep more")
