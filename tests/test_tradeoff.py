@@ -1,5 +1,6 @@
 """The curve of the theory on a small digits network: what rises, what falls, and what is below what."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -163,17 +164,23 @@ def test_weights_that_are_not_finite_are_named(problem):
 
 
 def test_calibration_on_a_part(problem):
-    """Pruned on unlabelled images of a part of the training set: bounds are over all of it, and say what they lack."""
+    """A part of the training set is for the least squares only: the theorem's network is about all of it."""
     model, batches, test = problem
     part = [batch for batch, _ in batches[:2]]
-    found = tradeoff(model, batches, test, keep=[0.3], calibration=part)
-    (point,) = found.points
-    pruned = prune(model, part, 0.3, allocation="dof", reconstruction="channel")
-    assert point.widths == {entry.group: entry.width_after for entry in pruned.report.groups}
-    assert point.train_error == error_rate(*collect_logits(pruned.model, CalibrationData(batches)))
-    assert found.samples == sum(len(targets) for _, targets in batches)
-    assert point.measured <= point.certificate
-    assert point.a_priori_holds is False  # lambda, c and s are about the part
+    keep = [0.1]
+    (whole,) = tradeoff(model, batches, test, keep=keep).points
+    (point,) = tradeoff(model, batches, test, keep=keep, calibration=part).points
+    assert dataclasses.replace(point, refit_train_error=0, refit_test_error=0) == dataclasses.replace(
+        whole, refit_train_error=0, refit_test_error=0
+    )
+    assert point.a_priori_holds is True
+    moments = collect_moments(model, batches)
+    refit = prune(model, part, keep[0], allocation="dof", moments=moments)
+    assert point.refit_train_error == error_rate(*collect_logits(refit.model, CalibrationData(batches)))
+    (fitted,) = tradeoff(model, batches, test, keep=keep, calibration=part, reconstruction="sequential").points
+    assert fitted.train_error == point.refit_train_error
+    assert fitted.measured <= fitted.certificate
+    assert fitted.a_priori is None
 
 
 def test_json_round_trip(curve):

@@ -191,7 +191,7 @@ _STYLES: dict[str, dict[str, Any]] = {
     "bound": {"color": "#000000", "linestyle": "-", "marker": "o", "markersize": 4},
     "bias": {"color": "#0072B2", "linestyle": "--", "marker": "v", "markersize": 4},
     "variance": {"color": "#D55E00", "linestyle": "-.", "marker": "^", "markersize": 4},
-    "test": {"color": "#009E73", "linestyle": "-", "marker": "s", "markersize": 4},
+    "test": {"color": "#009E73", "linestyle": "-", "marker": "s", "markersize": 7, "markerfacecolor": "none"},
     "best": {"color": "#CC79A7", "linestyle": "none", "marker": "*", "markersize": 13},
 }
 
@@ -223,7 +223,8 @@ def tradeoff(
             of `keep`, `lambdas` and `widths` is given, the fractions of `KEEP_GRID` that the network can meet.
         lambdas: relative lambdas instead; widths are ceil(N_l(lambda Tr Sigma_l)).
         widths: group name to width, one mapping a network, instead.
-        calibration: unlabelled data to prune on; the training set if None.
+        calibration: unlabelled data for the least squares of "sequential" and "patch"; the training set if None.  The
+            moments that select the nodes, and the theorem's reconstruction, are always over the training set.
         selection: rule that picks the nodes.
         theta: weight of the input loss in the greedy rule.
         reconstruction: of the network that is bounded; "channel" is the theorem's, and the only one with an a-priori
@@ -251,12 +252,13 @@ def tradeoff(
     measured_radius = input_norm(data, model)
     layers = trace_chain(model, data)
     exact_moments = patch_moments(model, data, [layer.name for layer in layers])
-    channel_moments = collect_moments(model, used)
+    channel_moments = collect_moments(model, data)
+    fitted_on = data if reconstruction in ("channel", "none") else used
     test_base = None if held_out is None else error_rate(*collect_logits(model, held_out))
     nets: list[tuple[Pruned, Pruned, dict[int, _Rounded]]] = []
     for arguments in tqdm(grid, desc="pruning", disable=None):
         shared = {"selection": selection, "theta": theta, "seed": seed, "moments": channel_moments, **arguments}
-        pruned = prune(model, used, reconstruction=reconstruction, **shared)
+        pruned = prune(model, fitted_on, reconstruction=reconstruction, **shared)
         refit = prune(model, used, reconstruction="sequential", **shared)
         nets.append((pruned, refit, _rounded_networks(pruned, data, held_out, delta)))
     bits = min((result.bound, bits) for *_, rounded in nets for bits, result in rounded.items())[1]

@@ -5,8 +5,9 @@ from specprune.compress.checkpoint import load_pruned, save_pruned
 from specprune.compress.cost import count_flops, count_params
 from specprune.compress.groups import Group, find_groups, remove_nodes
 from specprune.compress.moments import LayerMoments, Moments, collect_moments
+from specprune.compress.report import GroupReport, Pruned, PruneReport
 from specprune.compress.selection import NodeStatistics, greedy_nodes, information_losses, select_nodes
-from specprune.compress.spectral import GroupReport, Pruned, PruneReport, prune
+from specprune.compress.spectral import prune
 
 __all__ = [
     "CalibrationData",

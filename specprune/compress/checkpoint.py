@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from specprune._files import load_arrays, save_arrays
-from specprune.compress.spectral import Pruned
+from specprune.compress.report import Pruned
 
 FILE_KIND = "pruned network"
 VERSION = 1

@@ -33,7 +33,7 @@ ROLES: dict[str, dict[str, Any]] = {
     "bound": {"color": BLACK, "linestyle": "-", "marker": "o", "markersize": 4},
     "bias": {"color": BLUE, "linestyle": "--", "marker": "v", "markersize": 4},
     "variance": {"color": VERMILION, "linestyle": "-.", "marker": "^", "markersize": 4},
-    "test": {"color": GREEN, "linestyle": "-", "marker": "s", "markersize": 4},
+    "test": {"color": GREEN, "linestyle": "-", "marker": "s", "markersize": 7, "markerfacecolor": "none"},
     "best": {"color": PURPLE, "linestyle": "none", "marker": "*", "markersize": 13},
 }
 REFERENCE: dict[str, Any] = {"color": "0.45", "linestyle": ":", "linewidth": 0.8}
