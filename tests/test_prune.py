@@ -126,6 +126,19 @@ def test_the_report_says_what_is_so(name, selection):
         assert (row.group, row.consumer, row.width_before) == (group.name, group.consumer, group.width)
         assert row.width_after == len(pruned.nodes[group.name].indices)
         assert np.all(np.diff(pruned.nodes[group.name].indices) > 0)
+        for net, params, flops in (
+            (model, row.params_before, row.flops_before),
+            (pruned.model, row.params_after, row.flops_after),
+        ):
+            parts = [net.get_submodule(part) for part in (group.name, *group.norms)]
+            assert params == sum(p.numel() for part in parts for p in part.parameters())
+            layer, pixels = parts[0], []
+            hook = layer.register_forward_hook(
+                lambda _, __, out, seen=pixels: seen.append(out[0].numel() // len(out[0]))
+            )
+            net(data[0])
+            hook.remove()
+            assert flops == 2 * layer.weight.numel() * pixels[0]
     report = pruned.report
     assert report.samples == sum(map(len, data))
     assert report.flops_after == count_flops(pruned.model, CalibrationData(data))
@@ -489,3 +502,16 @@ def test_small_choices_report_larger_losses():
         prune(small_mlp(), FLAT, widths={"fc1": width}, theta=1.0).report.groups[0].input_loss for width in (2, 5, 9)
     ]
     assert losses == sorted(losses, reverse=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
+def test_a_gpu_gives_the_network_that_the_cpu_gives():
+    model = small_convnet().double()
+    data = [tensor(50, 2, 8, 8, seed=seed, dtype=torch.float64) for seed in range(4)]
+    ours = prune(model, data, 0.4, positions=None)
+    theirs = prune(model.cuda(), [batch.cuda() for batch in data], 0.4, positions=None)
+    for name, nodes in ours.nodes.items():
+        np.testing.assert_array_equal(nodes.indices, theirs.nodes[name].indices)
+    for a, b in zip(ours.model.state_dict().values(), theirs.model.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b.cpu(), rtol=1e-6, atol=1e-8)

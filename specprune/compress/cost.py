@@ -116,6 +116,11 @@ def count_flops(model: nn.Module, data: CalibrationData) -> int:
     return sum(module_flops(model, data).values())
 
 
+def group_params(model: nn.Module, group: Group) -> int:
+    """Return the number of parameters of a group's own layer and its batch norms."""
+    return sum(count_params(model.get_submodule(name)) for name in (group.name, *group.norms))
+
+
 def count_params(model: nn.Module) -> int:
     """Return the number of parameters; buffers such as batch norm statistics are not counted."""
     return sum(parameter.numel() for parameter in model.parameters())

@@ -28,6 +28,10 @@ class GroupReport:
         s: sum of omega / m; the theorem asks for s <= 5/3.
         input_loss: L_A(J) / Tr Sigma.
         output_loss: L_B(J) / Tr Z Sigma Z^T.
+        flops_before: FLOPs of the group's own layer for one sample, before.
+        flops_after: the same, after.
+        params_before: parameters of the group's own layer and its batch norms, before.
+        params_after: the same, after.
         seconds: time spent on selection and reconstruction.
     """
 
@@ -42,7 +46,29 @@ class GroupReport:
     s: float
     input_loss: float
     output_loss: float
+    flops_before: int
+    flops_after: int
+    params_before: int
+    params_after: int
     seconds: float
+
+
+_COLUMNS = (
+    "group",
+    "consumer",
+    "width_before",
+    "width_after",
+    "lam",
+    "dof",
+    "leverage_kept",
+    "c",
+    "s",
+    "input_loss",
+    "output_loss",
+    "flops_after",
+    "params_after",
+    "seconds",
+)
 
 
 @dataclass(frozen=True)
@@ -83,7 +109,7 @@ class PruneReport:
             f"parameters {self.params_before} -> {self.params_after} ({self.params_after / self.params_before:.1%}), "
             f"{self.samples} calibration samples, {self.seconds:.1f} s"
         )
-        return format_table(self.to_records(), title=head)
+        return format_table(self.to_records(), _COLUMNS, head)
 
 
 @dataclass(frozen=True)

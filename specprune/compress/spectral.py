@@ -22,7 +22,7 @@ from specprune.compress.allocation import (
     uniform_allocation,
 )
 from specprune.compress.batches import CalibrationData, Forward
-from specprune.compress.cost import CostModel, cost_model, count_flops, count_params
+from specprune.compress.cost import CostModel, cost_model, count_params, group_params, module_flops
 from specprune.compress.groups import Group, find_groups, remove_nodes
 from specprune.compress.layers import get_layer
 from specprune.compress.moments import Moments, check_finite_weights, collect_moments
@@ -149,15 +149,24 @@ def prune(
             )
         seconds[group.name] += time.perf_counter() - begin
     check_finite_weights(small)
+    flops = module_flops(original, data), module_flops(small, data)
     rows = tuple(
-        _report(group, statistics[group.name], chosen[group.name], plan.lams[group.name], seconds[group.name])
+        _report(
+            group,
+            statistics[group.name],
+            chosen[group.name],
+            plan.lams[group.name],
+            flops=(flops[0].get(group.name, 0), flops[1].get(group.name, 0)),
+            params=(group_params(original, group), group_params(small, group)),
+            seconds=seconds[group.name],
+        )
         for group in groups
     )
     report = PruneReport(
         rows,
         settings,
-        count_flops(original, data),
-        count_flops(small, data),
+        sum(flops[0].values()),
+        sum(flops[1].values()),
         count_params(original),
         count_params(small),
         moments.samples,
@@ -310,7 +319,16 @@ def _choose(
     return weighted_nodes(np.sort(indices), np.maximum(scores, floor))
 
 
-def _report(group: Group, statistics: NodeStatistics, nodes: WeightedNodes, lam: float, seconds: float) -> GroupReport:
+def _report(
+    group: Group,
+    statistics: NodeStatistics,
+    nodes: WeightedNodes,
+    lam: float,
+    *,
+    flops: tuple[int, int],
+    params: tuple[int, int],
+    seconds: float,
+) -> GroupReport:
     spectrum = statistics.spectrum
     if len(nodes.indices) == group.width:  # in closed form: the difference of matrices would be rounding noise
         c, s = float(spectrum[0] / (spectrum[0] + lam)), 1.0
@@ -330,5 +348,9 @@ def _report(group: Group, statistics: NodeStatistics, nodes: WeightedNodes, lam:
         s=s,
         input_loss=input_loss,
         output_loss=output_loss,
+        flops_before=flops[0],
+        flops_after=flops[1],
+        params_before=params[0],
+        params_after=params[1],
         seconds=seconds,
     )
