@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from specprune.compress.batches import batch_size
-from specprune.testbed import Dataset, load_checkpoint, load_dataset
+from specprune.testbed import Dataset, load_checkpoint, load_dataset, randomize_labels
 
 BATCH = 1000
 
@@ -81,16 +81,25 @@ def load_problem(
                 "no network: give --weights FILE (from 'specprune train') or --model package.module:factory"
             )
         trained = load_checkpoint(weights)
-        net, label = trained.model, f"{trained.recipe.data}, {trained.recipe.net}"
-        data = data or trained.recipe.data
+        recipe = trained.recipe
+        net, label = trained.model, f"{recipe.data}, {recipe.net}"
+        data = data or recipe.data
     else:
         net, label = _own_model(model, weights), model
         if data is None:
             raise ValueError("no data: give --data NAME or --data package.module:factory")
     net = net.to(target)
     if ":" not in data:
-        dataset = load_dataset(data, data_dir).to(target)
-        return _from_dataset(net, dataset, label)
+        dataset = load_dataset(data, data_dir)
+        if model is None:
+            if (dataset.input_shape, dataset.classes) != (tuple(trained.input_shape), trained.classes):
+                raise ValueError(
+                    f"--weights {weights} is a network for images of shape {tuple(trained.input_shape)} and "
+                    f"{trained.classes} classes; {data} has {dataset.input_shape} and {dataset.classes}"
+                )
+            if data == recipe.data and recipe.random_labels > 0:  # bounds are about the labels it was trained on
+                dataset = randomize_labels(dataset, recipe.random_labels, recipe.label_seed)
+        return _from_dataset(net, dataset.to(target), label)
     made = call_factory("--data", data)
     if isinstance(made, Dataset):
         return _from_dataset(net, made.to(target), label)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
 
 import specprune
 from specprune._files import write_text
@@ -21,6 +25,7 @@ from specprune.compress.cost import MEASURES
 from specprune.compress.reconstruction import RECONSTRUCTIONS
 from specprune.compress.selection import RULES
 from specprune.testbed import (
+    CATALOG,
     TrainedNetwork,
     default_recipe,
     download_dataset,
@@ -29,7 +34,8 @@ from specprune.testbed import (
     train,
 )
 
-USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError)
+OWN_ERRORS = (ValueError, TypeError, OSError, RuntimeError)
+DATA = tuple(CATALOG)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,18 +50,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: with 2 for bad arguments, 0 for --help and --version.
     """
-    options = build_parser().parse_args(arguments)
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    _check_problem(parser, options)
     level = logging.INFO if options.verbose else logging.WARNING
     logging.basicConfig(level=level, format="%(name)s: %(message)s", stream=sys.stderr)
     try:
+        if hasattr(options, "out"):  # before hours of work, not after
+            options.out.mkdir(parents=True, exist_ok=True)
         options.run(options)
     except KeyboardInterrupt:
         print("specprune: interrupted", file=sys.stderr)
         return 130
-    except USER_ERRORS as error:
+    except Exception as error:  # the network and data may be the user's own code, which may raise anything
         if options.verbose:
             logging.getLogger(__name__).info("details", exc_info=True)
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split()) or "no reason given"
+        if not isinstance(error, OWN_ERRORS):
+            reason = f"{type(error).__name__}: {reason} (-v shows where)"
         print(f"specprune {options.command}: {reason}", file=sys.stderr)
         return 1
     return 0
@@ -77,7 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_common(demo, json=False)
 
     data = _command(commands, "data", run_data, "download a data set", "specprune data mnist")
-    data.add_argument("name", help="mnist, fashion-mnist or cifar10")
+    data.add_argument("name", choices=DATA[1:], help="which one")
     data.add_argument("--data-dir", help="where to put it; by default the user's cache")
 
     training = _command(
@@ -87,7 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
         "train a reference network",
         "specprune train --data mnist --net mlp-300-1000-300 --out results",
     )
-    training.add_argument("--data", required=True, help="digits, mnist, fashion-mnist or cifar10")
+    training.add_argument("--data", required=True, choices=DATA, help="which data set")
     training.add_argument("--net", required=True, help="mlp-W1-W2-..., vgg, vgg-C1-C2-... or resnet")
     training.add_argument("--epochs", type=_positive_int, help="by default what suits the network")
     training.add_argument("--data-dir", help="where to look for the data first")
@@ -149,7 +161,7 @@ def build_parser() -> argparse.ArgumentParser:
         "draw the figures, with their data beside them",
         "specprune figures --weights results/mnist-mlp-300-1000-300-0.npz --out results/figures",
     )
-    figures.add_argument("names", nargs="*", help="which figures; by default all")
+    figures.add_argument("names", nargs="*", type=_figure, help="which figures; by default all")
     _add_problem(figures)
     _add_common(figures)
     return parser
@@ -178,22 +190,28 @@ def _add_common(parser: argparse.ArgumentParser, json: bool = True) -> None:
         parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     else:
         parser.set_defaults(json=False)
-    parser.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
+    parser.add_argument("--seed", type=_seed, default=0, help="of everything random (default 0)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default cpu)")
 
 
 def _add_problem(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("network and data")
     group.add_argument("--weights", help="checkpoint of 'specprune train'; with --model, a state_dict of torch.save")
-    group.add_argument("--model", metavar="PACKAGE.MODULE:FACTORY", help="your network: a function that returns it")
+    group.add_argument(
+        "--model", type=_factory, metavar="PACKAGE.MODULE:FACTORY", help="your network: a function that returns it"
+    )
     group.add_argument(
         "--data",
+        type=_data,
         metavar="NAME|PACKAGE.MODULE:FACTORY",
         help="data set, or a function that returns (train, test)",
     )
     group.add_argument("--data-dir", help="where to look for named data sets first")
     group.add_argument(
-        "--calibration", type=_positive_int, default=5000, help="training samples to prune on (default 5000)"
+        "--calibration",
+        type=_positive_int,
+        default=5000,
+        help="training samples for spectra, selection and refit (default 5000); tradeoff selects on all of them",
     )
 
 
@@ -210,8 +228,9 @@ def _add_pruning(parser: argparse.ArgumentParser, keep: float) -> None:
 
 
 def _add_delta(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--delta", type=_probability, default=0.05, help="a bound fails with at most this probability")
     parser.add_argument(
-        "--delta", type=_probability, default=0.05, help="each bound fails with at most this probability"
+        "--input-radius", type=_positive, help="bound on the norm of every possible input; known for named data sets"
     )
 
 
@@ -242,7 +261,43 @@ def _positive(text: str) -> float:
 
 
 def _positive_int(text: str) -> int:
-    return int(_number(text, lambda x: x >= 1 and x == int(x), "a whole number of at least 1"))
+    return int(_number(text, lambda x: 1 <= x < 2**63 and x == int(x), "a whole number of at least 1"))
+
+
+def _seed(text: str) -> int:
+    return int(_number(text, lambda x: 0 <= x < 2**32 and x == int(x), "a whole number from 0 to 4294967295"))
+
+
+def _factory(text: str) -> str:
+    module, colon, name = text.partition(":")
+    if not (module and colon and name):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected package.module:factory")
+    return text
+
+
+def _data(text: str) -> str:
+    if ":" not in text and text not in DATA:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected one of {', '.join(DATA)}, or package.module:factory")
+    return text
+
+
+def _figure(text: str) -> str:
+    from specprune.figures import FIGURES  # draws; the other commands do without
+
+    if text not in FIGURES:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected one of {', '.join(FIGURES)}")
+    return text
+
+
+def _check_problem(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Refuse options that do not fit together."""
+    if not hasattr(options, "weights"):
+        return
+    nothing = options.weights is None and options.model is None
+    if nothing and (options.command != "figures" or options.data is not None):
+        parser.error(f"{options.command}: no network: give --weights FILE (of 'specprune train') or --model")
+    if options.model is not None and options.data is None:
+        parser.error(f"{options.command}: no data: --model needs --data NAME or --data package.module:factory")
 
 
 def _problem(options: argparse.Namespace) -> Problem:
@@ -255,11 +310,20 @@ def _problem(options: argparse.Namespace) -> Problem:
     )
 
 
-def _show(options: argparse.Namespace, name: str, result: Any) -> None:
-    """Print a result as a table or JSON, and keep the JSON in the output folder."""
+def _show(options: argparse.Namespace, name: str, result: Any, **extra: Any) -> None:
+    """Print a result as a table or JSON, and keep the JSON, with what made it, in the output folder."""
+    made_by = {key: value for key, value in vars(options).items() if key not in ("run", "verbose", "json", "command")}
+    record = {
+        "command": options.command,
+        "options": made_by,
+        "versions": {"specprune": specprune.__version__, "torch": torch.__version__, "numpy": np.__version__},
+        **extra,
+        "result": json.loads(result.to_json()),
+    }
+    text = to_json(record)
     path = options.out / f"{name}.json"
-    write_text(path, result.to_json() + "\n")
-    print(result.to_json() if options.json else f"{result}\n[{path}]")
+    write_text(path, text + "\n")
+    print(text if options.json else f"{result}\n[{path}]")
 
 
 def _say(options: argparse.Namespace, text: str) -> None:
@@ -345,10 +409,12 @@ def run_prune(options: argparse.Namespace) -> None:
     pruned = _prune(options, problem)
     path = options.out / "pruned.npz"
     specprune.save_pruned(pruned, path)
-    _show(options, "prune", pruned.report)
+    before = after = None
     if problem.test is not None:
         before = error_rate(*collect_logits(problem.model, CalibrationData(problem.test)))
         after = _pruned_errors(pruned, problem.test)["test_error"]
+    _show(options, "prune", pruned.report, file=path, test_error_before=before, test_error_after=after)
+    if before is not None:
         _say(options, f"test error {before:.2%} before, {after:.2%} after")
     _say(options, f"[{path}]")
 
@@ -362,7 +428,7 @@ def run_bounds(options: argparse.Namespace) -> None:
         _prune(options, problem),
         problem.test,
         delta=options.delta,
-        input_radius=problem.input_radius,
+        input_radius=options.input_radius or problem.input_radius,
     )
     _show(options, "bounds", table)
 
@@ -380,7 +446,7 @@ def run_tradeoff(options: argparse.Namespace) -> None:
         selection=options.selection,
         theta=options.theta,
         delta=options.delta,
-        input_radius=problem.input_radius,
+        input_radius=options.input_radius or problem.input_radius,
         seed=options.seed,
     )
     _show(options, "tradeoff", curve)

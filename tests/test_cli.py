@@ -9,7 +9,7 @@ import torch
 
 import specprune
 from specprune.cli import build_parser, main
-from specprune.testbed import default_recipe, load_dataset, save_checkpoint, train
+from specprune.testbed import Recipe, default_recipe, load_dataset, save_checkpoint, train
 
 COMMANDS = ("demo", "data", "train", "spectra", "prune", "bounds", "tradeoff", "figures")
 OWN_CODE = """
@@ -28,6 +28,17 @@ def data():
 
 def broken():
     raise KeyError("no such thing")
+
+class Surprise(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(5, 3)
+
+    def forward(self, inputs):
+        return self.layer(inputs).no_such_thing
+
+def surprise():
+    return Surprise()
 
 def nothing():
     return 3
@@ -107,6 +118,16 @@ def test_version(capsys):
         ["tradeoff", "--lambdas", "-1"],
         ["spectra", "--calibration", "0"],
         ["train", "--data", "digits"],
+        ["train", "--data", "nowhere", "--net", "vgg"],
+        ["prune"],
+        ["prune", "--model", "package.module:net"],
+        ["prune", "--model", "package", "--data", "digits"],
+        ["prune", "--weights", "net.npz", "--data", "nowhere"],
+        ["spectra", "--weights", "net.npz", "--seed", "-1"],
+        ["spectra", "--weights", "net.npz", "--calibration", "inf"],
+        ["data", "imagenet"],
+        ["figures", "portrait"],
+        ["figures", "--data", "mnist"],
     ],
 )
 def test_bad_arguments_give_2(arguments, capsys):
@@ -124,7 +145,7 @@ def test_train_then_prune(tmp_path, capsys):
     assert main(["prune", "--weights", str(path), "--keep", "0.5", "--out", out]) == 0
     printed = capsys.readouterr().out
     assert "after" in printed
-    assert json.loads((tmp_path / "prune.json").read_text())["groups"][0]["width_after"] == 12
+    assert json.loads((tmp_path / "prune.json").read_text())["result"]["groups"][0]["width_after"] == 12
 
     def factory():
         return specprune.testbed.load_checkpoint(path).model
@@ -138,6 +159,27 @@ def test_json_is_one_document_and_is_kept(weights, tmp_path, capsys):
         assert main([command, "--weights", weights, "--out", str(tmp_path), "--json", *extra]) == 0
         printed = capsys.readouterr().out
         assert json.loads(printed) == json.loads((tmp_path / f"{command}.json").read_text())
+
+
+def test_results_say_what_made_them(weights, tmp_path, capsys):
+    assert main(["prune", "--weights", weights, "--keep", "0.4", "--seed", "3", "--out", str(tmp_path), "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert (record["command"], record["options"]["keep"], record["options"]["seed"]) == ("prune", 0.4, 3)
+    assert record["options"]["weights"] == weights
+    assert record["versions"]["torch"] == torch.__version__
+    assert 0 <= record["test_error_before"] <= record["test_error_after"] + 0.05 < 1
+    assert record["file"] == str(tmp_path / "pruned.npz")
+
+
+def test_random_labels_of_the_recipe_are_used_again(tmp_path, capsys):
+    recipe = Recipe("digits", "mlp-64", epochs=30, random_labels=1.0, learning_rate=5e-3)
+    trained = train(load_dataset("digits"), recipe)
+    path = tmp_path / "random.npz"
+    save_checkpoint(path, trained)
+    assert main(["bounds", "--weights", str(path), "--keep", "0.9", "--out", str(tmp_path), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["result"]["records"]
+    (found,) = {row["train_error"] for row in rows if row["net"] == "original"}
+    assert found == pytest.approx(trained.train_error)
 
 
 def test_tradeoff_writes_table_and_figure(weights, tmp_path, capsys):
@@ -160,20 +202,17 @@ def test_failed_jobs_give_1_and_one_line(own, weights, tmp_path, capsys, monkeyp
     monkeypatch.delenv("SPECPRUNE_DATA", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     net, data = f"{own}:net", f"{own}:data"
-    fails(capsys, ["prune"], "no network", "--weights")
     fails(capsys, ["prune", "--weights", "nowhere.npz"], "nowhere.npz", "no such file")
-    fails(capsys, ["prune", "--weights", weights, "--data", "nowhere"], "nowhere", "digits")
     fails(capsys, ["prune", "--weights", weights, "--data", "mnist"], "mnist", "specprune data mnist")
-    fails(capsys, ["prune", "--model", net], "no data")
     fails(capsys, ["prune", "--model", f"{own}:missing", "--data", data], "cannot import")
     fails(capsys, ["prune", "--model", f"{own}:broken", "--data", data], "KeyError")
     fails(capsys, ["prune", "--model", f"{own}:nothing", "--data", data], "returned int")
     fails(capsys, ["prune", "--model", net, "--data", f"{own}:nothing"], "returned int", "(train, test)")
     fails(capsys, ["prune", "--model", net, "--data", data, "--weights", weights], "state_dict")
+    fails(capsys, ["prune", "--model", f"{own}:surprise", "--data", data], "AttributeError", "no_such_thing")
+    fails(capsys, ["prune", "--weights", weights, "--data", "mnist", "--data-dir", str(tmp_path)], "mnist")
     fails(capsys, ["prune", "--weights", weights, "--device", "abacus"], "abacus")
     fails(capsys, ["train", "--data", "digits", "--net", "transformer"], "transformer", "mlp-")
-    fails(capsys, ["data", "imagenet"], "imagenet", "mnist")
-    fails(capsys, ["figures", "portrait", "--weights", weights], "portrait")
     corrupt = tmp_path / "corrupt.npz"
     corrupt.write_bytes(b"PK\x03\x04 not really")
     fails(capsys, ["spectra", "--weights", str(corrupt)], "corrupt.npz")

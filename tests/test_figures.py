@@ -12,7 +12,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from specprune.analysis.tradeoff import _STYLES
+from specprune.analysis.tradeoff import CURVE_STYLES
 from specprune.figures import FIGURES, FigureSetting, figure_style, make_figures, new_figure, redraw
 from specprune.figures.style import COLUMN_WIDTHS, ROLES, finish_figure, numbers, series_style
 from specprune.testbed import default_recipe, load_dataset, train
@@ -285,7 +285,7 @@ def interrupted_style():
 
 
 def test_style_agrees_with_the_tradeoff_plot():
-    assert ROLES == _STYLES
+    assert ROLES == CURVE_STYLES
     assert len({(s["color"], str(s["linestyle"])) for s in map(series_style, range(28))}) == 28
     assert numbers(["inf", None, 1]).tolist()[::2] == [np.inf, 1.0]
     assert np.isnan(numbers([None])[0])

@@ -265,3 +265,9 @@ def test_maps_with_pooling(pooling):
         optimiser.zero_grad()
         (-value).backward()
         optimiser.step()
+
+
+def test_gains_of_zero_behind_an_error_are_no_trouble():
+    dead = ChainLayer("dead", np.zeros((4, 4, 1)), np.zeros(4), 1, 1, 1, 1.0, True)
+    first = ChainLayer("first", np.eye(4)[:, :, None], np.zeros(4), 1, 1, 1, 1.0, True)
+    assert carried_error(np.eye(4), [first, dead, dead, dead]) < 1e-100

@@ -97,7 +97,10 @@ def dense_values(model, group, data, nodes, lam_relative, norm):
     q = np.diag(whole) / dof
     kept = nodes.indices
     q = np.maximum(q, np.finfo(float).eps / len(q))  # dead nodes: the smallest weight there is
-    omega = np.ones(len(kept)) if len(kept) == group.width else 1 / (q[kept] * len(kept))
+    with np.errstate(divide="ignore"):
+        live = 1 / (q[kept] * len(kept))
+    # A node that carries nothing has no leverage; its weight is tiny, so that s is about the others.
+    omega = np.ones(len(kept)) if len(kept) == group.width else np.where(q[kept] < 1e-15 / len(q), 1e-12, live)
     block = s[np.ix_(kept, kept)] + lam * np.diag(1 / omega)
     residual = s - s[:, kept] @ np.linalg.solve(block, s[kept])
     return {
@@ -145,6 +148,29 @@ def test_the_report_says_what_is_so(name, selection):
     assert report.params_after == sum(p.numel() for p in pruned.model.parameters())
     assert report.params_before == sum(p.numel() for p in model.parameters())
     assert report.seconds >= sum(row.seconds for row in report.groups) > 0
+
+
+def test_dead_nodes_that_are_kept_do_not_break_the_hypotheses():
+    model = small_mlp((8, 12, 9, 3))
+    with torch.no_grad():
+        model.fc1.weight[3:9] = 0
+        model.fc1.bias[3:9] = -1
+    pruned = prune(model, FLAT, widths={"fc1": 8}, lam=1e-3, reconstruction="channel")
+    row = pruned.report.groups[0]
+    assert np.isin(pruned.nodes["fc1"].indices, np.arange(3, 9)).any()
+    assert 0 < row.s < 1
+    assert row.c < 2
+
+
+def test_a_forward_that_leaves_out_the_root_is_counted():
+    class Wrapped(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = small_mlp((8, 12, 9, 3))
+
+    pruned = prune(Wrapped(), FLAT, 0.4, forward=lambda model, batch: model.body(batch))
+    assert pruned.report.flops_before == 2 * (8 * 12 + 12 * 9 + 9 * 3)
+    assert 0 < pruned.report.flops_after <= 0.4 * pruned.report.flops_before
 
 
 def test_reports_can_be_read_and_stored():

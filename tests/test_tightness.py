@@ -1,5 +1,6 @@
 """The bound table on a digits network, and Theorem A end to end: it fails no more often than it says."""
 
+import copy
 import json
 import math
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from specprune import bound_table
 from specprune.analysis import BoundTable, occam_results, trace_chain
@@ -73,6 +75,25 @@ def test_theorem_a_stands_beside_the_errors_of_the_rounded_network(table, proble
     assert table.train_errors[label] == error_rate(*collect_logits(rounded, CalibrationData(batches)))
     assert table.test_errors[label] == error_rate(*collect_logits(rounded, CalibrationData(test)))
     assert dict(table.bounds)[label].terms["empirical"] == table.train_errors[label]
+
+
+def test_a_loader_that_shuffles_gives_the_same_table(table, problem):
+    model, pruned, _, test, dataset = problem
+    torch.manual_seed(0)
+    pairs = TensorDataset(dataset.train_inputs, dataset.train_targets)
+    shuffled = bound_table(model, DataLoader(pairs, batch_size=200, shuffle=True), pruned, test)
+    assert shuffled.train_errors == pytest.approx(table.train_errors)
+    for (label, bound), (other_label, other) in zip(table.bounds, shuffled.bounds, strict=True):
+        assert (label, bound.name) == (other_label, other.name)
+        assert bound.value == pytest.approx(other.value, rel=1e-6)
+
+
+def test_buffers_are_not_free(problem):
+    model, _, batches, _, _ = problem
+    hoarder = copy.deepcopy(model)
+    hoarder.register_buffer("answers", torch.arange(1000))
+    with pytest.raises(ValueError, match="answers"):
+        occam_results(hoarder, CalibrationData(batches), [])
 
 
 def test_the_pruned_network_alone_pays_bias_and_widths(table, problem):

@@ -18,7 +18,7 @@ from specprune.analysis.propagation import carried_error
 from specprune.bounds.bound import Bound, Hypothesis
 from specprune.bounds.degrees_of_freedom import degrees_of_freedom, eigenvalues
 from specprune.bounds.nodes import Feasibility
-from specprune.bounds.spectral import approximation_a_priori
+from specprune.bounds.spectral import approximation_a_priori, row_norm_bound
 from specprune.compress import CalibrationData, LayerMoments, Moments, Pruned, collect_moments
 from specprune.compress.batches import Forward, batch_size
 from specprune.compress.layers import get_layer
@@ -244,9 +244,7 @@ def _a_priori(
         entry, group = reports[layer.name], groups[layer.name]
         whole = entry.width_after == entry.width_before  # then nothing is approximated: A = I, c = s = 1
         flat = layer.weight.reshape(len(layer.weight), -1)
-        row_norms = np.linalg.norm(flat, axis=1)
-        last = layer is before[-1]
-        norms.append(float(np.linalg.norm(flat)) if last else math.sqrt(len(flat)) * float(row_norms.max()))
+        norms.append(row_norm_bound(flat, last=layer is before[-1]))
         lams.append(0.0 if whole else entry.lam)
         checks.append(
             Feasibility(1.0, 1.0, True) if whole else Feasibility(entry.c, entry.s, entry.c <= 4 and entry.s <= 5 / 3)

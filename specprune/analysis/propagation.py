@@ -27,6 +27,7 @@ from specprune.analysis.chain import ChainLayer
 
 STEPS = 40
 RATE = 0.1
+_SMALLEST = 1e-150
 ROUNDING = 1e-12  # relative; above that of eigenvalues and products in float64 for widths of some thousands
 _TINY = torch.finfo(torch.float64).tiny  # the square root has no derivative at 0
 
@@ -63,6 +64,8 @@ def carried_error(
         for _ in range(STEPS):
             optimiser.zero_grad()
             value = _bound(error, steps, logs)
+            if not (_SMALLEST < float(value.detach()) < math.inf):  # nothing to gain, and log would make NaN weights
+                break
             best = min(best, float(value.detach()))
             value.log().backward()  # relative, so that the units of the error do not matter
             optimiser.step()

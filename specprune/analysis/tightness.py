@@ -13,8 +13,9 @@ import numpy as np
 from torch import Tensor, nn
 
 from specprune._records import format_table, to_json
+from specprune.analysis.approximation import output_distance
 from specprune.analysis.chain import ChainLayer, trace_chain
-from specprune.analysis.evaluation import collect_logits, error_rate, root_mean_square
+from specprune.analysis.evaluation import collect_logits, error_rate
 from specprune.bounds.bound import Bound, Hypothesis
 from specprune.bounds.covering import LayerSize, covering_bound, dudley_bound, ramp_loss
 from specprune.bounds.occam import occam_bound, occam_bound_relaxed
@@ -102,7 +103,8 @@ class BoundTable:
         )
 
     def __str__(self) -> str:
-        columns = ["net", "bound", "value", "vacuous", "empirical", "bias", "variance", "confidence", "test_error"]
+        columns = ["net", "bound", "value", "vacuous", "hypotheses_hold", "empirical", "bias", "variance"]
+        columns += ["confidence", "test_error"]
         title = f"bounds on the error rate, n = {self.samples}, each with probability {1 - self.delta:g}"
         return format_table(self.to_records(), columns, title)
 
@@ -263,8 +265,8 @@ def bound_table(
     rows: list[tuple[str, Bound]] = []
     train_errors, test_errors = {}, {}
     for label, net in nets:
-        own, _ = collect_logits(net, data)
-        train_errors[label] = error_rate(own, targets)
+        train_errors[label] = error_rate(*collect_logits(net, data))
+        distance = 0.0 if net is model else output_distance(model, net, data)[0]
         if held_out is not None:
             test_errors[label] = error_rate(*collect_logits(net, held_out))
         cost = widths if label == "pruned" else []
@@ -278,7 +280,7 @@ def bound_table(
             trace_chain(net, data),
             logits,
             targets,
-            root_mean_square(own - logits),
+            distance,
             input_radius=input_radius,
             measured_radius=measured_radius,
             original_widths=cost,

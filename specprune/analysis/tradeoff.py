@@ -31,9 +31,11 @@ _COLUMNS = (
     "flops_kept",
     "widths",
     "c_max",
+    "s_max",
     "measured",
     "certificate",
     "a_priori",
+    "a_priori_holds",
     "bias",
     "variance",
     "bound",
@@ -71,6 +73,7 @@ class TradeoffPoint:
         margin_bias: sqrt(2)/gamma ||f - f#||_n.
         margin_variance: 24 sqrt(P/n (1 + ln(1+K))).
         margin_bound: Theorem C's bound.
+        margin_holds: whether its hypothesis on the norm of the inputs holds.
         train_error: training error of the pruned network, not rounded.
         test_error: its test error; None without a test set.
         refit_train_error: training error of the same nodes after the sequential refit.
@@ -96,6 +99,7 @@ class TradeoffPoint:
     margin_bias: float
     margin_variance: float
     margin_bound: float
+    margin_holds: bool
     train_error: float
     test_error: float | None
     refit_train_error: float
@@ -162,9 +166,9 @@ class Tradeoff:
             _, ax = plt.subplots(figsize=(5.0, 3.4), layout="constrained")
         params = [point.params for point in self.points]
         for label, values, style in (
-            ("bound (95 %)" if self.delta == 0.05 else "bound", [p.bound for p in self.points], _STYLES["bound"]),
-            ("bias: training error", [p.bias for p in self.points], _STYLES["bias"]),
-            ("variance: description length", [p.variance for p in self.points], _STYLES["variance"]),
+            ("bound (95 %)" if self.delta == 0.05 else "bound", [p.bound for p in self.points], CURVE_STYLES["bound"]),
+            ("bias: training error", [p.bias for p in self.points], CURVE_STYLES["bias"]),
+            ("variance: description length", [p.variance for p in self.points], CURVE_STYLES["variance"]),
         ):
             ax.plot(params, values, label=label, **style)
         if self.base_test_error is not None:
@@ -173,10 +177,10 @@ class Tradeoff:
                 params,
                 test_errors,
                 label="test error",
-                **_STYLES["test"],
+                **CURVE_STYLES["test"],
             )
         best = self.best
-        ax.plot([best.params], [best.bound], label="smallest bound", **_STYLES["best"])
+        ax.plot([best.params], [best.bound], label="smallest bound", **CURVE_STYLES["best"])
         ax.axhline(1.0, color="0.6", linewidth=0.8, linestyle=":")
         ax.set_xscale("log")
         ax.set_ylim(0.0, 1.08)
@@ -187,7 +191,7 @@ class Tradeoff:
 
 
 # Okabe and Ito's colours: distinguishable with any colour vision; line styles carry the difference in grey print.
-_STYLES: dict[str, dict[str, Any]] = {
+CURVE_STYLES: dict[str, dict[str, Any]] = {
     "bound": {"color": "#000000", "linestyle": "-", "marker": "o", "markersize": 4},
     "bias": {"color": "#0072B2", "linestyle": "--", "marker": "v", "markersize": 4},
     "variance": {"color": "#D55E00", "linestyle": "-.", "marker": "^", "markersize": 4},
@@ -404,6 +408,7 @@ def _point(
         margin_bias=dudley.terms["bias"],
         margin_variance=dudley.terms["variance"],
         margin_bound=dudley.value,
+        margin_holds=dudley.valid,
         train_error=train_error,
         test_error=test_error,
         refit_train_error=refit_train_error,

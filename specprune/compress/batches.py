@@ -49,11 +49,13 @@ def batch_targets(batch: Any) -> Tensor:
 
 
 def call_model(model: nn.Module, batch: Any, forward: Forward | None = None) -> Tensor:
-    """Run the model on a batch: `model(inputs)`, `model(**mapping)`, or the caller's `forward(model, batch)`."""
+    """Run the model on a batch: `model(inputs)`, `model(**mapping)` without "labels", or `forward(model, batch)`."""
     if forward is not None:
         return forward(model, batch)
     inputs = batch_inputs(batch)
-    return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+    if isinstance(inputs, Mapping):  # "labels" are the targets, see `batch_targets`
+        return model(**{key: value for key, value in inputs.items() if key != "labels"})
+    return model(inputs)
 
 
 def _tensors(batch: Any) -> list[Tensor]:

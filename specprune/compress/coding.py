@@ -87,8 +87,16 @@ def quantise_network(folded: nn.Module, bits: int) -> QuantisedNetwork:
     Returns:
         The rounded network; k is the exponent with the smallest mean square rounding error among the one that clips
         nothing and the two below it.
+
+    Raises:
+        ValueError: the network has buffers, whose content would be free.
     """
     work = copy.deepcopy(folded).eval()
+    buffers = [name for name, _ in work.named_buffers()]
+    if buffers:
+        raise ValueError(
+            f"the buffers {buffers[:3]} are no part of the description that is paid for; fold or remove them"
+        )
     counts, exponents = [], []
     for parameter in work.parameters():
         array = parameter.detach().to(torch.float64).cpu().numpy()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -61,7 +62,7 @@ def cost_model(model: nn.Module, data: CalibrationData, groups: Sequence[Group],
         measure: "flops", "params" or "nodes" (nodes of the groups).
 
     Raises:
-        ValueError: an unknown measure.
+        ValueError: an unknown measure, or layers whose FLOPs the counter does not see.
     """
     if measure not in MEASURES:
         raise ValueError(f"measure={measure!r}: expected one of {MEASURES}")
@@ -72,6 +73,9 @@ def cost_model(model: nn.Module, data: CalibrationData, groups: Sequence[Group],
     owns = {name: group.name for group in groups for name in (group.name, *group.norms)}
     if measure == "flops":
         counts = module_flops(model, data)
+        missing = [group.name for group in groups if group.name not in counts]
+        if missing:
+            raise ValueError(f"the FLOPs of the layers {missing} could not be counted; use measure='params' or 'nodes'")
         terms = [CostTerm(float(flops), feeds.get(name), owns.get(name)) for name, flops in counts.items()]
         return CostModel(full, tuple(terms))
     terms = []
@@ -88,27 +92,35 @@ def smallest_fraction(model: nn.Module, data: CalibrationData) -> float:
     return cost.total(dict.fromkeys(cost.full, 1)) / cost.total()
 
 
+class _Call(nn.Module):
+    """A root for the FLOP counter, which knows only modules below the one whose forward runs first."""
+
+    def __init__(self, model: nn.Module, data: CalibrationData) -> None:
+        super().__init__()
+        self.model = model
+        self.data = data
+
+    def forward(self, batch: Any) -> Any:
+        return self.data.call(self.model, batch)
+
+
 @torch.no_grad()
 def module_flops(model: nn.Module, data: CalibrationData) -> dict[str, int]:
-    """Return the FLOPs of one sample by the module that does them; the empty name is the model itself."""
-    work = copy.deepcopy(model).eval()
+    """Return the FLOPs of one sample by the module that does them; the empty name is what no submodule does."""
+    call = _Call(copy.deepcopy(model).eval(), data)
     batch = data.first()
     counter = FlopCounterMode(display=False)
     with counter:
-        data.call(work, batch)
+        call(batch)
     counts = {path: sum(by_operation.values()) for path, by_operation in counter.get_flop_counts().items()}
-    root = type(work).__name__
-    own: dict[str, int] = {}
-    for name, _ in work.named_modules():
-        inside = counts.get(f"{root}.{name}" if name else root, 0)
-        children = sum(
-            counts.get(f"{root}.{child}", 0)
-            for child, _ in work.named_modules()
-            if child and child.rpartition(".")[0] == name
-        )
-        if inside - children:
-            own[name] = (inside - children) // batch_size(batch)
-    return own
+    names = {f"_Call.model.{name}": name for name, _ in call.model.named_modules() if name}
+    own = {name: counts.get(path, 0) for path, name in names.items()}
+    for path, name in names.items():  # what a module's children do is theirs
+        parent = name.rpartition(".")[0]
+        if parent and own[parent]:
+            own[parent] -= counts.get(path, 0)
+    own[""] = counter.get_total_flops() - sum(own.values())
+    return {name: flops // batch_size(batch) for name, flops in own.items() if flops}
 
 
 def count_flops(model: nn.Module, data: CalibrationData) -> int:

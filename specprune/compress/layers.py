@@ -39,11 +39,6 @@ def weight_matrix(layer: Layer) -> Tensor:
     return layer.weight.detach().flatten(1)
 
 
-def kernel_slots(layer: Layer) -> int:
-    """Return how many columns of `weight_matrix` one input channel or feature has: kernel height times width, or 1."""
-    return 1 if isinstance(layer, nn.Linear) else layer.kernel_size[0] * layer.kernel_size[1]
-
-
 @dataclass(frozen=True)
 class Positions:
     """Output positions of a convolution: which ones each image contributes.

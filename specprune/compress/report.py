@@ -65,7 +65,9 @@ _COLUMNS = (
     "s",
     "input_loss",
     "output_loss",
+    "flops_before",
     "flops_after",
+    "params_before",
     "params_after",
     "seconds",
 )
@@ -76,7 +78,7 @@ class PruneReport:
     """What pruning did to the network.
 
     Args:
-        groups: one entry a group.
+        groups: one entry a group; the network's last layer has no group of its own.
         settings: the arguments of the call.
         flops_before: FLOPs of one sample (two a multiply-add), before.
         flops_after: the same, after.

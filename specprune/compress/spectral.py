@@ -31,6 +31,8 @@ from specprune.compress.report import GroupReport, Pruned, PruneReport
 from specprune.compress.selection import RULES, NodeStatistics, information_losses, select_nodes
 
 MIN_LAMBDA = 1e-14
+_DRAWS = 10  # a draw is good with probability at least 1/5, so that ten fail with probability 0.8^10 = 0.11 at most
+_DEAD_WEIGHT = 1e-12
 
 
 def prune(
@@ -65,7 +67,8 @@ def prune(
         measure: "flops" (`torch.utils.flop_counter`, two a multiply-add), "params" or "nodes".
         allocation: "uniform" (same fraction everywhere), "dof" (degrees of freedom at a common relative lambda: the
             one that meets `keep`, or `lam` without `keep`), or "theory" (5 N log(80 N) nodes at `lam`).
-        selection: "greedy", "leverage", "cholesky", "magnitude" or "random".
+        selection: "greedy", "leverage" (drawn until there are enough different nodes; with allocation="theory" the
+            theorem's independent draws, repeated ones merged), "cholesky", "magnitude" or "random".
         theta: weight of the input information loss against the output loss in the greedy rule, 0..1.
         reconstruction: "sequential", "patch", "channel" (the paper's) or "none".
         lam: relative lambda, lambda_l = lam * Tr Sigma_l; "dof" with `keep` finds its own.
@@ -307,16 +310,20 @@ def _choose(
     scores = statistics.leverage(lam)
     whole = WeightedNodes(np.arange(group.width), np.ones(group.width))
     if allocation == "theory" and selection == "leverage":
-        # The theorem's own draw: M independent nodes, repeated ones merged.
-        dof = float(degrees_of_freedom(statistics.spectrum, lam))
-        drawn = weighted_nodes(sample_nodes(scores, paper_width(dof), generator), scores)
+        # The theorem's own draw: M independent nodes, repeated ones merged; drawn anew until it is a good one.
+        size = paper_width(float(degrees_of_freedom(statistics.spectrum, lam)))
+        for _ in range(_DRAWS):
+            drawn = weighted_nodes(sample_nodes(scores, size, generator), scores)
+            if feasibility(statistics.covariance, drawn, lam).holds:
+                break
         return whole if len(drawn.indices) == group.width else drawn
     if width == group.width:
         return whole
     indices = select_nodes(selection, statistics, width, lam=lam, theta=theta, generator=generator)
-    # A node without leverage gets the smallest weight there is: it carries nothing, but a rule may still choose it.
+    # A rule may choose a node that carries nothing; it has no leverage, and a tiny weight keeps it out of s.
     floor = np.finfo(np.float64).eps / len(scores)
-    return weighted_nodes(np.sort(indices), np.maximum(scores, floor))
+    nodes = weighted_nodes(np.sort(indices), np.maximum(scores, floor))
+    return WeightedNodes(nodes.indices, np.where(scores[nodes.indices] <= floor, _DEAD_WEIGHT, nodes.weights))
 
 
 def _report(

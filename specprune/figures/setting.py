@@ -77,7 +77,7 @@ class FigureSetting:
 
     @cached_property
     def curve(self) -> Tradeoff:
-        """The trade-off curve: pruned on the calibration images, bounded on all training images."""
+        """The trade-off curve over all training images; its `refit_*` columns are fitted on the calibration images."""
         if self.tradeoff is not None:
             return self.tradeoff
         return tradeoff(

@@ -12,6 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
+from specprune.analysis.tradeoff import CURVE_STYLES
+
 STYLE = "specprune.figures.specprune"
 COLUMN_WIDTHS = {1: 3.4, 2: 7.0}
 
@@ -29,13 +31,7 @@ MARKERS = ("o", "v", "^", "s", "D", "P", "X")
 LINE_STYLES = ("-", "--", "-.", (0, (4, 1, 1, 1, 1, 1)))
 
 # What a curve means has one look in all figures, the one of `Tradeoff.plot`.
-ROLES: dict[str, dict[str, Any]] = {
-    "bound": {"color": BLACK, "linestyle": "-", "marker": "o", "markersize": 4},
-    "bias": {"color": BLUE, "linestyle": "--", "marker": "v", "markersize": 4},
-    "variance": {"color": VERMILION, "linestyle": "-.", "marker": "^", "markersize": 4},
-    "test": {"color": GREEN, "linestyle": "-", "marker": "s", "markersize": 7, "markerfacecolor": "none"},
-    "best": {"color": PURPLE, "linestyle": "none", "marker": "*", "markersize": 13},
-}
+ROLES = CURVE_STYLES
 REFERENCE: dict[str, Any] = {"color": "0.45", "linestyle": ":", "linewidth": 0.8}
 
 
