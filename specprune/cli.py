@@ -15,17 +15,13 @@ import numpy as np
 import torch
 
 import specprune
+from specprune._arguments import build_parser, check_problem
 from specprune._files import write_text
 from specprune._problem import Problem, load_problem, torch_device
 from specprune._records import format_table, to_json
 from specprune.analysis.evaluation import collect_logits, error_rate
 from specprune.compress import CalibrationData, Pruned
-from specprune.compress.allocation import ALLOCATIONS
-from specprune.compress.cost import MEASURES
-from specprune.compress.reconstruction import RECONSTRUCTIONS
-from specprune.compress.selection import RULES
 from specprune.testbed import (
-    CATALOG,
     TrainedNetwork,
     default_recipe,
     download_dataset,
@@ -35,7 +31,6 @@ from specprune.testbed import (
 )
 
 OWN_ERRORS = (ValueError, TypeError, OSError, RuntimeError)
-DATA = tuple(CATALOG)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,13 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = build_parser()
     options = parser.parse_args(arguments)
-    _check_problem(parser, options)
+    check_problem(parser, options)
     level = logging.INFO if options.verbose else logging.WARNING
     logging.basicConfig(level=level, format="%(name)s: %(message)s", stream=sys.stderr)
     try:
         if hasattr(options, "out"):  # before hours of work, not after
             options.out.mkdir(parents=True, exist_ok=True)
-        options.run(options)
+        COMMANDS[options.command](options)
     except KeyboardInterrupt:
         print("specprune: interrupted", file=sys.stderr)
         return 130
@@ -73,233 +68,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of all commands."""
-    parser = argparse.ArgumentParser(
-        prog="specprune",
-        description="Spectral pruning of neural networks, with the bounds behind it.",
-        epilog="Start with: specprune demo --out results/demo",
-    )
-    parser.add_argument("--version", action="version", version=f"specprune {specprune.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    demo = _command(
-        commands, "demo", run_demo, "the whole story on the built-in digits", "specprune demo --out results"
-    )
-    _add_common(demo, json=False)
-
-    data = _command(commands, "data", run_data, "download a data set", "specprune data mnist")
-    data.add_argument("name", choices=DATA[1:], help="which one")
-    data.add_argument("--data-dir", help="where to put it; by default the user's cache")
-
-    training = _command(
-        commands,
-        "train",
-        run_train,
-        "train a reference network",
-        "specprune train --data mnist --net mlp-300-1000-300 --out results",
-    )
-    training.add_argument("--data", required=True, choices=DATA, help="which data set")
-    training.add_argument("--net", required=True, help="mlp-W1-W2-..., vgg, vgg-C1-C2-... or resnet")
-    training.add_argument("--epochs", type=_positive_int, help="by default what suits the network")
-    training.add_argument("--data-dir", help="where to look for the data first")
-    _add_common(training)
-
-    spectra = _command(
-        commands,
-        "spectra",
-        run_spectra,
-        "spectra and degrees of freedom of every layer",
-        "specprune spectra --weights results/mnist-mlp-300-1000-300-0.npz",
-    )
-    _add_problem(spectra)
-    _add_common(spectra)
-
-    prune = _command(
-        commands,
-        "prune",
-        run_prune,
-        "make a network smaller",
-        "specprune prune --weights results/mnist-mlp-300-1000-300-0.npz --keep 0.2",
-    )
-    _add_problem(prune)
-    _add_pruning(prune, keep=0.3)
-    _add_common(prune)
-
-    bounds = _command(
-        commands,
-        "bounds",
-        run_bounds,
-        "generalization bounds of a network and its pruned version",
-        "specprune bounds --weights results/mnist-mlp-300-1000-300-0.npz --keep 0.05",
-    )
-    _add_problem(bounds)
-    _add_pruning(bounds, keep=0.05)
-    _add_delta(bounds)
-    _add_common(bounds)
-
-    curve = _command(
-        commands,
-        "tradeoff",
-        run_tradeoff,
-        "bias, variance, bounds and errors at many widths",
-        "specprune tradeoff --weights results/mnist-mlp-300-1000-300-0.npz --keep 0.01 0.05 0.1 0.2 0.5 1",
-    )
-    _add_problem(curve)
-    grid = curve.add_mutually_exclusive_group()
-    grid.add_argument("--keep", type=_fraction, nargs="+", metavar="F", help="fractions of the FLOPs to keep")
-    grid.add_argument("--lambdas", type=_positive, nargs="+", metavar="L", help="relative lambdas instead")
-    curve.add_argument("--selection", choices=sorted(RULES), default="greedy", help="rule that picks the nodes")
-    curve.add_argument("--theta", type=_unit, default=0.0, help="weight of the input loss, 0..1 (default 0)")
-    _add_delta(curve)
-    _add_common(curve)
-
-    figures = _command(
-        commands,
-        "figures",
-        run_figures,
-        "draw the figures, with their data beside them",
-        "specprune figures --weights results/mnist-mlp-300-1000-300-0.npz --out results/figures",
-    )
-    figures.add_argument("names", nargs="*", type=_figure, help="which figures; by default all")
-    _add_problem(figures)
-    _add_common(figures)
-    return parser
-
-
-def _command(commands: Any, name: str, run: Callable[..., None], text: str, example: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=text,
-        description=f"{text[0].upper()}{text[1:]}.",
-        epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=run)
-    parser.add_argument(
-        "-v", "--verbose", action="store_true", help="log what is done, and show where errors come from"
-    )
-    return parser
-
-
-def _add_common(parser: argparse.ArgumentParser, json: bool = True) -> None:
-    parser.add_argument(
-        "--out", type=Path, default=Path("results"), help="folder for what is written (default results)"
-    )
-    if json:
-        parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    else:
-        parser.set_defaults(json=False)
-    parser.add_argument("--seed", type=_seed, default=0, help="of everything random (default 0)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default cpu)")
-
-
-def _add_problem(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("network and data")
-    group.add_argument("--weights", help="checkpoint of 'specprune train'; with --model, a state_dict of torch.save")
-    group.add_argument(
-        "--model", type=_factory, metavar="PACKAGE.MODULE:FACTORY", help="your network: a function that returns it"
-    )
-    group.add_argument(
-        "--data",
-        type=_data,
-        metavar="NAME|PACKAGE.MODULE:FACTORY",
-        help="data set, or a function that returns (train, test)",
-    )
-    group.add_argument("--data-dir", help="where to look for named data sets first")
-    group.add_argument(
-        "--calibration",
-        type=_positive_int,
-        default=5000,
-        help="training samples for spectra, selection and refit (default 5000); tradeoff selects on all of them",
-    )
-
-
-def _add_pruning(parser: argparse.ArgumentParser, keep: float) -> None:
-    group = parser.add_argument_group("pruning")
-    group.add_argument("--keep", type=_fraction, default=keep, help=f"fraction to keep (default {keep:g})")
-    group.add_argument("--measure", choices=MEASURES, default="flops", help="of what (default flops)")
-    group.add_argument("--allocation", choices=ALLOCATIONS[:2], default="uniform", help="how widths are chosen")
-    group.add_argument("--selection", choices=sorted(RULES), default="greedy", help="rule that picks the nodes")
-    group.add_argument("--theta", type=_unit, default=0.0, help="weight of the input loss, 0..1 (default 0)")
-    group.add_argument(
-        "--reconstruction", choices=RECONSTRUCTIONS, default="sequential", help="refit of the next layer"
-    )
-
-
-def _add_delta(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--delta", type=_probability, default=0.05, help="a bound fails with at most this probability")
-    parser.add_argument(
-        "--input-radius", type=_positive, help="bound on the norm of every possible input; known for named data sets"
-    )
-
-
-def _number(text: str, fits: Callable[[float], bool], expected: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not fits(value):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected {expected}")
-    return value
-
-
-def _fraction(text: str) -> float:
-    return _number(text, lambda x: 0 < x <= 1, "a fraction above 0 and at most 1")
-
-
-def _unit(text: str) -> float:
-    return _number(text, lambda x: 0 <= x <= 1, "a number from 0 to 1")
-
-
-def _probability(text: str) -> float:
-    return _number(text, lambda x: 0 < x < 1, "a probability between 0 and 1")
-
-
-def _positive(text: str) -> float:
-    return _number(text, lambda x: 0 < x < float("inf"), "a positive number")
-
-
-def _positive_int(text: str) -> int:
-    return int(_number(text, lambda x: 1 <= x < 2**63 and x == int(x), "a whole number of at least 1"))
-
-
-def _seed(text: str) -> int:
-    return int(_number(text, lambda x: 0 <= x < 2**32 and x == int(x), "a whole number from 0 to 4294967295"))
-
-
-def _factory(text: str) -> str:
-    module, colon, name = text.partition(":")
-    if not (module and colon and name):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected package.module:factory")
-    return text
-
-
-def _data(text: str) -> str:
-    if ":" not in text and text not in DATA:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected one of {', '.join(DATA)}, or package.module:factory")
-    return text
-
-
-def _figure(text: str) -> str:
-    from specprune.figures import FIGURES  # draws; the other commands do without
-
-    if text not in FIGURES:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected one of {', '.join(FIGURES)}")
-    return text
-
-
-def _check_problem(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Refuse options that do not fit together."""
-    if not hasattr(options, "weights"):
-        return
-    nothing = options.weights is None and options.model is None
-    if nothing and (options.command != "figures" or options.data is not None):
-        parser.error(f"{options.command}: no network: give --weights FILE (of 'specprune train') or --model")
-    if options.model is not None and options.data is None:
-        parser.error(f"{options.command}: no data: --model needs --data NAME or --data package.module:factory")
-
-
 def _problem(options: argparse.Namespace) -> Problem:
     return load_problem(
         weights=options.weights,
@@ -312,7 +80,7 @@ def _problem(options: argparse.Namespace) -> Problem:
 
 def _show(options: argparse.Namespace, name: str, result: Any, **extra: Any) -> None:
     """Print a result as a table or JSON, and keep the JSON, with what made it, in the output folder."""
-    made_by = {key: value for key, value in vars(options).items() if key not in ("run", "verbose", "json", "command")}
+    made_by = {key: value for key, value in vars(options).items() if key not in ("verbose", "json", "command")}
     record = {
         "command": options.command,
         "options": made_by,
@@ -498,3 +266,15 @@ def _pruned_errors(pruned: Pruned, test: Any) -> dict[str, Any]:
         "params": report.params_after,
         "test_error": error_rate(logits, targets),
     }
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "demo": run_demo,
+    "data": run_data,
+    "train": run_train,
+    "spectra": run_spectra,
+    "prune": run_prune,
+    "bounds": run_bounds,
+    "tradeoff": run_tradeoff,
+    "figures": run_figures,
+}

@@ -88,6 +88,16 @@ def test_a_loader_that_shuffles_gives_the_same_table(table, problem):
         assert bound.value == pytest.approx(other.value, rel=1e-6)
 
 
+def test_theorem_a_stands_alone_where_a_lipschitz_constant_is_unknown(problem):
+    _, _, batches, test, _ = problem
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.GELU(), nn.Linear(12, 10))
+    found = bound_table(model, batches, prune(model, batches, 0.5), test)
+    assert [bound.name for _, bound in found.bounds] == ["Occam (kl)"] * 2
+    assert "GELU" in found.notes[0]
+    assert "GELU" in str(found).splitlines()[-1]
+
+
 def test_buffers_are_not_free(problem):
     model, _, batches, _, _ = problem
     hoarder = copy.deepcopy(model)

@@ -54,6 +54,7 @@ class BoundTable:
         test_errors: network label to measured test error, where a test set was given.
         samples: size n of the training set.
         delta: the bounds hold each with probability at least 1 - delta over the draw of the training set.
+        notes: which bounds are missing, and why.
     """
 
     bounds: tuple[tuple[str, Bound], ...]
@@ -61,6 +62,7 @@ class BoundTable:
     test_errors: dict[str, float]
     samples: int
     delta: float
+    notes: tuple[str, ...] = ()
 
     def to_records(self) -> list[dict[str, Any]]:
         """Return one record a bound, sorted by value."""
@@ -92,6 +94,7 @@ class BoundTable:
             {
                 "samples": self.samples,
                 "delta": self.delta,
+                "notes": self.notes,
                 "records": self.to_records(),
                 "bounds": [{"net": label, **bound.to_records()[0]} for label, bound in self.bounds],
                 "hypotheses": [
@@ -106,7 +109,7 @@ class BoundTable:
         columns = ["net", "bound", "value", "vacuous", "hypotheses_hold", "empirical", "bias", "variance"]
         columns += ["confidence", "test_error"]
         title = f"bounds on the error rate, n = {self.samples}, each with probability {1 - self.delta:g}"
-        return format_table(self.to_records(), columns, title)
+        return "\n".join([format_table(self.to_records(), columns, title), *self.notes])
 
 
 def occam_results(
@@ -250,14 +253,23 @@ def bound_table(
             norm in the training set is taken and reported as an unproved hypothesis, which does not hold.
         forward: optional `forward(model, batch)`.
 
+    Returns:
+        The table.  Where the network is not a chain of maps with known Lipschitz constants, or is not called with one
+        tensor, Theorems B and C are left out and a note says why.
+
     Raises:
-        ValueError: a network that is not a chain of known maps, or unsuitable data.
+        ValueError: batch norms or buffers that cannot be folded, or unsuitable data.
         TypeError: unlabelled batches.
     """
     data = CalibrationData(train, forward)
     held_out = None if test is None else CalibrationData(test, forward)
     logits, targets = collect_logits(model, data)
-    measured_radius = input_norm(data, model)
+    notes: list[str] = []
+    try:
+        trace_chain(model, data)
+        measured_radius = input_norm(data, model)
+    except (ValueError, TypeError) as reason:  # Theorem A needs neither the chain nor its norms
+        notes.append(f"no covering bounds: {reason}")
     nets: list[tuple[str, nn.Module]] = [("original", model)]
     if pruned is not None:
         nets.append(("pruned", pruned.model))
@@ -276,6 +288,8 @@ def bound_table(
         train_errors[rounded] = occam.train_error
         if held_out is not None:
             test_errors[rounded] = error_rate(*collect_logits(occam.network.model, held_out))
+        if notes:
+            continue
         for bound in covering_bounds(
             trace_chain(net, data),
             logits,
@@ -288,4 +302,4 @@ def bound_table(
         ):
             rows.append((label, bound))
     ordered = tuple(sorted(rows, key=lambda pair: pair[1].value))
-    return BoundTable(ordered, train_errors, test_errors, len(targets), delta)
+    return BoundTable(ordered, train_errors, test_errors, len(targets), delta, tuple(notes))
