@@ -257,12 +257,11 @@ def tradeoff(
     layers = trace_chain(model, data)
     exact_moments = patch_moments(model, data, [layer.name for layer in layers])
     channel_moments = collect_moments(model, data)
-    fitted_on = data if reconstruction in ("channel", "none") else used
     test_base = None if held_out is None else error_rate(*collect_logits(model, held_out))
     nets: list[tuple[Pruned, Pruned, dict[int, _Rounded]]] = []
     for arguments in tqdm(grid, desc="pruning", disable=None):
         shared = {"selection": selection, "theta": theta, "seed": seed, "moments": channel_moments, **arguments}
-        pruned = prune(model, fitted_on, reconstruction=reconstruction, **shared)
+        pruned = prune(model, used, reconstruction=reconstruction, **shared)
         refit = prune(model, used, reconstruction="sequential", **shared)
         nets.append((pruned, refit, _rounded_networks(pruned, data, held_out, delta)))
     bits = min((result.bound, bits) for *_, rounded in nets for bits, result in rounded.items())[1]
