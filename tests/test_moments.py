@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from specprune.compress import LayerMoments, Moments, collect_moments
 from specprune.compress.layers import Positions, channel_rows, output_size, patch_rows, weight_matrix
+from specprune.compress.moments import collection_bytes
 
 IMAGES = tensor(10, 2, 8, 8)
 CONVS = {
@@ -89,8 +90,11 @@ def test_patch_moments_of_a_convolution(options):
     rows = dense_patches(layer, IMAGES)
     moments = collect_moments(nn.Sequential(layer), [IMAGES[:4], IMAGES[4:]], level="patch")["0"]
     assert moments.rows == len(rows)
-    np.testing.assert_allclose(moments.covariance(), (rows.T @ rows / len(rows)).numpy(), rtol=1e-12, atol=1e-14)
-    np.testing.assert_allclose(moments.mean(), rows.mean(0).numpy(), rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(moments.covariance(), (rows.T @ rows / len(rows)).numpy(), rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(moments.mean(), rows.mean(0).numpy(), rtol=1e-6, atol=1e-7)
+    double = collect_moments(nn.Sequential(layer).double(), list(IMAGES.double().split(6)), level="patch")["0"]
+    np.testing.assert_allclose(double.covariance(), (rows.T @ rows / len(rows)).numpy(), rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(double.mean(), rows.mean(0).numpy(), rtol=1e-12, atol=1e-14)
 
 
 def layer_inputs(model, images, name):
@@ -187,7 +191,7 @@ def test_layers_can_be_chosen_and_those_that_do_not_run_are_left_out():
     assert list(collect_moments(model, [x], forward=forward)) == ["a"]
     with pytest.raises(ValueError, match=r"the layers \['b'\] did not run"):
         collect_moments(model, [x], ["a", "b"], forward=forward)
-    with pytest.raises(ValueError, match="no Linear or ungrouped Conv2d layer called 'c'"):
+    with pytest.raises(ValueError, match="no Linear or convolution layer called 'c'"):
         collect_moments(model, [x], ["c"], forward=forward)
     with pytest.raises(ValueError, match="level='pixel': expected one of"):
         collect_moments(model, [x], level="pixel", forward=forward)
@@ -222,8 +226,8 @@ def test_bad_numbers_are_named():
     overflow = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1))
     with torch.no_grad():
         overflow[0].weight.fill_(1e30)
-    with pytest.raises(ValueError, match="NaN or Inf in the inputs of layer '1'"):
-        collect_moments(overflow, [torch.full((2, 1), 1e30)])
+    with pytest.raises(ValueError, match="NaN or Inf in the inputs of layer '1' or in their squares"):
+        collect_moments(overflow, [torch.full((2, 1), 1e10)])
     with torch.no_grad():
         model.fc2.weight[1, 1] = float("inf")
         model.fc2.weight[2, 1] = float("nan")
@@ -233,6 +237,98 @@ def test_bad_numbers_are_named():
     convnet.norm2.running_var[0] = float("nan")
     with pytest.raises(ValueError, match=r"the model's 'norm2.running_var' has 1 NaN or Inf entries"):
         collect_moments(convnet, [IMAGES])
+
+
+def test_large_finite_weights_are_no_error():
+    model = nn.Sequential(nn.Linear(2, 2))
+    with torch.no_grad():
+        model[0].weight.fill_(2e38)  # their sum overflows
+    assert collect_moments(model, [tensor(3, 2)]).samples == 3
+
+
+KINDS = {
+    "1d": (nn.Conv1d(4, 6, 3, padding=1), (4, 9)),
+    "grouped 1d": (nn.Conv1d(8, 6, 3, groups=2, padding=1), (8, 9)),
+    "grouped": (nn.Conv2d(8, 6, 3, groups=2, padding=1), (8, 7, 6)),
+    "3d": (nn.Conv3d(2, 3, 2), (2, 4, 3, 5)),
+    "transposed": (nn.ConvTranspose2d(3, 2, 3, stride=2), (3, 4, 5)),
+    "transposed 1d": (nn.ConvTranspose1d(3, 2, 3, stride=2), (3, 6)),
+}
+
+
+@pytest.mark.parametrize("level", ["channel", "patch"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_convolution(kind, level):
+    layer, shape = KINDS[kind]
+    model = nn.Sequential(layer).double()
+    inputs = tensor(7, *shape, dtype=torch.float64)
+    if level == "channel":
+        rows = inputs.flatten(2).transpose(1, 2).reshape(-1, shape[0])
+    else:
+        rows = patch_rows(layer, inputs, Positions(None))
+    found = collect_moments(model, [inputs[:3], inputs[3:]], level=level)["0"]
+    assert found.rows == len(rows)
+    torch.testing.assert_close(found.gram, rows.T @ rows, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.total, rows.sum(0), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("level", ["channel", "patch"])
+@pytest.mark.parametrize("how", ["bfloat16", "float16", "autocast"])
+def test_half_precision_inputs_are_multiplied_in_single(how, level):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1))
+    images = tensor(40, 8, 12, 12) + 1
+    seen = []
+    model[1].register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    if how == "autocast":
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = collect_moments(model, [images], level=level)["1"]
+        inputs = seen[0]
+    else:
+        kind = getattr(torch, how)
+        found = collect_moments(model.to(kind), [images.to(kind)], level=level)["1"]
+        inputs = seen[0]
+    assert inputs.dtype in (torch.bfloat16, torch.float16)
+    inputs = inputs.double()
+    rows = channel_rows(model[1], inputs) if level == "channel" else patch_rows(model[1], inputs, Positions(None))
+    scale = (rows**2).sum(0).sqrt()
+    assert found.gram.dtype == found.total.dtype == torch.float64
+    assert ((found.gram - rows.T @ rows).abs() / torch.outer(scale, scale)).max() < 1e-6  # half precision: 1e-3
+
+
+def test_a_convolution_of_one_image_and_inputs_by_keyword():
+    conv = nn.Conv2d(4, 2, 3)
+    image = tensor(4, 8, 9)
+    alone = collect_moments(nn.Sequential(conv), [image])["0"]
+    assert alone.rows == 72
+    torch.testing.assert_close(alone.gram, collect_moments(nn.Sequential(conv), [image[None]])["0"].gram)
+    model = nn.ModuleDict({"a": nn.Linear(8, 3)})
+    named = collect_moments(model, [tensor(6, 8)], forward=lambda net, batch: net["a"](input=batch))["a"]
+    assert named.rows == 6
+
+
+@pytest.mark.parametrize("level", ["channel", "patch"])
+def test_bytes_of_the_moments(level):
+    model = small_convnet()
+    moments = collect_moments(model, [IMAGES], level=level)
+    kept = sum(m.gram.untyped_storage().nbytes() + m.total.untyped_storage().nbytes() for m in moments.values())
+    assert collection_bytes(model, level=level) == kept
+    assert collection_bytes(model, ["fc2"]) == 8 * (moments["fc2"].total.numel() ** 2 + moments["fc2"].total.numel())
+    with pytest.raises(ValueError, match="level='pixel': expected one of"):
+        collection_bytes(model, level="pixel")
+
+
+@pytest.mark.parametrize("level", ["channel", "patch"])
+def test_collection_goes_on_from_a_file(tmp_path, level):
+    model = small_convnet()
+    batches = list(IMAGES.split(3))
+    collect_moments(model, batches[:2], level=level).save(tmp_path / "part.npz")
+    resumed = Moments.load(tmp_path / "part.npz") + collect_moments(model, batches[2:], level=level)
+    whole = collect_moments(model, batches, level=level)
+    assert (resumed.samples, resumed.level, list(resumed)) == (whole.samples, whole.level, list(whole))
+    for name in whole:
+        assert resumed[name].rows == whole[name].rows
+        torch.testing.assert_close(resumed[name].gram, whole[name].gram, rtol=1e-6, atol=1e-6)
 
 
 class Generated:

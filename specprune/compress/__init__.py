@@ -3,11 +3,12 @@
 from specprune.compress.batches import CalibrationData
 from specprune.compress.checkpoint import load_pruned, save_pruned
 from specprune.compress.cost import count_flops, count_params
-from specprune.compress.groups import Group, find_groups, remove_nodes
+from specprune.compress.groups import Structure, find_groups
 from specprune.compress.moments import LayerMoments, Moments, collect_moments
 from specprune.compress.report import GroupReport, Pruned, PruneReport
 from specprune.compress.selection import NodeStatistics, greedy_nodes, information_losses, select_nodes
 from specprune.compress.spectral import prune
+from specprune.compress.surgery import Group, Skipped, Slice, remove_nodes
 
 __all__ = [
     "CalibrationData",
@@ -18,6 +19,9 @@ __all__ = [
     "NodeStatistics",
     "PruneReport",
     "Pruned",
+    "Skipped",
+    "Slice",
+    "Structure",
     "collect_moments",
     "count_flops",
     "count_params",

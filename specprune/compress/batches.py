@@ -139,6 +139,10 @@ class CalibrationData:
             return batch
         raise ValueError("batches is empty: give at least one batch")
 
+    def head(self) -> Iterator[Any]:
+        """Yield batches from the start; the caller stops when it has enough."""
+        yield from self._batches
+
     def call(self, model: nn.Module, batch: Any) -> Tensor:
         """Run `model` on `batch` in the way the caller asked for."""
         return call_model(model, batch, self._forward)

@@ -13,7 +13,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from specprune.bounds.occam import Quantised, network_code_length, quantise
 from specprune.compress.batches import CalibrationData
-from specprune.compress.groups import NORMS, small_batch, trace_order
+from specprune.compress.surgery import NORMS
+from specprune.compress.tracing import small_batch, trace
 
 _CLIPPED = (0, 1, 2)  # how many powers of two below the largest entry the grid may end
 _FOLD_TOLERANCE = 1e-3  # folding reorders float32 sums; folding what is also read elsewhere changes the outputs wholly
@@ -53,7 +54,7 @@ def fold_batch_norms(model: nn.Module, data: CalibrationData) -> nn.Module:
     """
     work = copy.deepcopy(model).eval()
     batch = small_batch(data.first())
-    _, direct = trace_order(work, data, batch)
+    direct = trace(work, data, batch).direct
     modules = dict(work.named_modules())
     for name, norm_name in direct.items():
         layer, norm = modules[name], modules[norm_name]

@@ -16,23 +16,32 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from specprune.compress.batches import CalibrationData, batch_size
-from specprune.compress.groups import Group, find_groups
+from specprune.compress.groups import find_groups
+from specprune.compress.layers import input_width
+from specprune.compress.surgery import RECURRENT, Group
 
 MEASURES = ("flops", "params", "nodes")
+Shares = tuple[tuple[str, float], ...]
 
 
 @dataclass(frozen=True)
 class CostTerm:
-    """A part of the cost that grows with the kept fraction of the input group, of the output group, or of both."""
+    """A part of the cost that grows with what is left of a module's inputs, of its outputs, or of both.
+
+    Args:
+        cost: of the full network.
+        inputs: groups that the inputs belong to, each with the share of the inputs that it makes up.
+        outputs: the same for the outputs.
+    """
 
     cost: float
-    source: str | None
-    target: str | None
+    inputs: Shares = ()
+    outputs: Shares = ()
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """Cost as a function of widths: the sum over terms of cost * (kept fraction in) * (kept fraction out).
+    """Cost as a function of widths: the sum over terms of cost * (kept share of inputs) * (kept share of outputs).
 
     Args:
         full: group name to its full width.
@@ -44,22 +53,24 @@ class CostModel:
 
     def total(self, widths: Mapping[str, int] | None = None) -> float:
         """Return the cost at these widths (one for every group), or of the full network."""
-        kept = dict(self.full) if widths is None else widths
+        if widths is None:
+            return sum(term.cost for term in self.terms)
+        gone = {name: 1.0 - widths[name] / full for name, full in self.full.items()}
 
-        def fraction(group: str | None) -> float:
-            return 1.0 if group is None else kept[group] / self.full[group]
+        def left(shares: Shares) -> float:
+            return 1.0 - sum(share * gone[group] for group, share in shares)
 
-        return sum(term.cost * fraction(term.source) * fraction(term.target) for term in self.terms)
+        return sum(term.cost * left(term.inputs) * left(term.outputs) for term in self.terms)
 
 
 def cost_model(model: nn.Module, data: CalibrationData, groups: Sequence[Group], measure: str) -> CostModel:
-    """Return the cost of a chain network as a function of its groups' widths.
+    """Return the cost of a network as a function of its groups' widths.
 
     Args:
         model: the network; left as it is.
         data: calibration data; one sample is run to count FLOPs.
         groups: from `find_groups`.
-        measure: "flops", "params" or "nodes" (nodes of the groups).
+        measure: "flops", "params" or "nodes" (units of the groups).
 
     Raises:
         ValueError: an unknown measure, or layers whose FLOPs the counter does not see.
@@ -68,27 +79,63 @@ def cost_model(model: nn.Module, data: CalibrationData, groups: Sequence[Group],
         raise ValueError(f"measure={measure!r}: expected one of {MEASURES}")
     full = {group.name: group.width for group in groups}
     if measure == "nodes":
-        return CostModel(full, tuple(CostTerm(float(group.width), None, group.name) for group in groups))
-    feeds = {group.consumer: group.name for group in groups}
-    owns = {name: group.name for group in groups for name in (group.name, *group.norms)}
+        return CostModel(full, tuple(CostTerm(float(group.width), (), ((group.name, 1.0),)) for group in groups))
+    inputs, outputs = _shares(model, groups)
+    terms: list[CostTerm] = []
     if measure == "flops":
         counts = module_flops(model, data)
-        missing = [group.name for group in groups if group.name not in counts]
+        missing = [group.name for group in groups if not any(part.module in counts for part in group.producers)]
         if missing:
             raise ValueError(f"the FLOPs of the layers {missing} could not be counted; use measure='params' or 'nodes'")
-        terms = [CostTerm(float(flops), feeds.get(name), owns.get(name)) for name, flops in counts.items()]
+        for name, flops in counts.items():
+            terms += _module_terms(model.get_submodule(name), float(flops), inputs.get(name, ()), outputs.get(name, ()))
         return CostModel(full, tuple(terms))
-    terms = []
     for name, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            source = feeds.get(name) if parameter.dim() > 1 else None
-            terms.append(CostTerm(float(parameter.numel()), source, owns.get(name)))
+        for key, parameter in module.named_parameters(recurse=False):
+            size, own = float(parameter.numel()), outputs.get(name, ())
+            if parameter.dim() == 1:
+                terms.append(CostTerm(size, (), own))
+            else:
+                terms.append(CostTerm(size, own if "_hh_" in key else inputs.get(name, ()), own))
     return CostModel(full, tuple(terms))
 
 
+def _shares(model: nn.Module, groups: Sequence[Group]) -> tuple[dict[str, Shares], dict[str, Shares]]:
+    """Return which groups make up which share of each module's inputs and of its outputs."""
+    inputs: dict[str, Shares] = {}
+    outputs: dict[str, Shares] = {}
+    for group in groups:
+        for entry in group.consumers:
+            module = model.get_submodule(entry.module)
+            width = module.input_size if isinstance(module, RECURRENT) else input_width(module)  # type: ignore[arg-type]
+            inputs[entry.module] = (*inputs.get(entry.module, ()), (group.name, entry.index.size / width))
+        for entry in (*group.producers, *group.carriers):
+            share = entry.index.size / _output_width(model.get_submodule(entry.module))
+            outputs[entry.module] = (*outputs.get(entry.module, ()), (group.name, share))
+        if group.kind == "heads":  # the attention itself, counted where the projections are
+            owner = group.producers[0].module.rpartition(".")[0]
+            outputs.setdefault(owner, ((group.name, 1.0),))
+    return inputs, outputs
+
+
+def _output_width(module: nn.Module) -> int:
+    for name in ("out_features", "out_channels", "num_features", "num_parameters", "hidden_size"):
+        if hasattr(module, name):
+            return int(getattr(module, name))
+    raise TypeError(f"a {type(module).__name__} has no known width")
+
+
+def _module_terms(module: nn.Module, flops: float, inputs: Shares, outputs: Shares) -> list[CostTerm]:
+    if not isinstance(module, RECURRENT):
+        return [CostTerm(flops, inputs, outputs)]
+    share = module.input_size / (module.input_size + module.hidden_size)
+    return [CostTerm(flops * share, inputs, outputs), CostTerm(flops * (1 - share), outputs, outputs)]
+
+
 def smallest_fraction(model: nn.Module, data: CalibrationData) -> float:
-    """Return which fraction of a chain's FLOPs is left with one node in every group: no budget below it can be met."""
-    cost = cost_model(model, data, find_groups(model, data), "flops")
+    """Return which fraction of the FLOPs is left with one unit in every group: no budget below it can be met."""
+    structure = find_groups(model, data)
+    cost = cost_model(structure.prepared(model), data, structure.groups, "flops")
     return cost.total(dict.fromkeys(cost.full, 1)) / cost.total()
 
 
@@ -129,8 +176,8 @@ def count_flops(model: nn.Module, data: CalibrationData) -> int:
 
 
 def group_params(model: nn.Module, group: Group) -> int:
-    """Return the number of parameters of a group's own layer and its batch norms."""
-    return sum(count_params(model.get_submodule(name)) for name in (group.name, *group.norms))
+    """Return the number of parameters of the layers that make a group's units and of what carries them."""
+    return sum(count_params(model.get_submodule(entry.module)) for entry in (*group.producers, *group.carriers))
 
 
 def count_params(model: nn.Module) -> int:

@@ -1,4 +1,4 @@
-"""Streaming second moments of what each layer receives: one pass, float64, mergeable, memory free of sample size."""
+"""Streaming second moments of what each layer receives: one pass, mergeable, memory free of the sample size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,18 @@ from torch import Tensor, nn
 
 from specprune._files import load_arrays, save_arrays
 from specprune.compress.batches import CalibrationData, Forward, batch_size
-from specprune.compress.layers import LEVELS, Layer, Positions, channel_rows, get_layer, layer_names, patch_rows
+from specprune.compress.gram import GramSum, is_shiftable
+from specprune.compress.layers import (
+    LEVELS,
+    Layer,
+    Positions,
+    channel_rows,
+    get_layer,
+    input_width,
+    kernel_columns,
+    layer_names,
+    patch_rows,
+)
 
 FILE_KIND = "moments"
 
@@ -36,8 +47,9 @@ class LayerMoments:
     @classmethod
     def of(cls, rows: Tensor) -> LayerMoments:
         """Return the moments of a (rows, d) matrix, computed in float64."""
-        wide = rows.detach().to(torch.float64)
-        return cls(len(wide), wide.sum(0), wide.T @ wide)
+        sums = GramSum(rows.shape[1], rows.device)
+        sums.add(rows.detach().to(torch.float64))
+        return cls(sums.rows, sums.total, sums.finish())
 
     def __add__(self, other: LayerMoments) -> LayerMoments:
         if self.total.shape != other.total.shape:
@@ -145,22 +157,52 @@ class Moments(Mapping[str, LayerMoments]):
 
 
 class _Collector:
-    """A forward pre-hook that adds one layer's inputs to its moments, in a dictionary shared by all layers."""
+    """A forward pre-hook that adds one layer's inputs to its sums, in a dictionary shared by all layers."""
 
     def __init__(
-        self, name: str, layer: Layer, level: str, positions: int | None, seed: int, into: dict[str, LayerMoments]
+        self, name: str, layer: Layer, level: str, positions: int | None, seed: int, into: dict[str, GramSum]
     ) -> None:
         self.name, self.layer, self.level, self.positions, self.into = name, layer, level, positions, into
         self.generator = torch.Generator().manual_seed(seed)
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        inputs = args[0]
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        inputs = args[0] if args else keywords["input"]
+        if not isinstance(self.layer, nn.Linear) and inputs.dim() == self.layer.weight.dim() - 1:
+            inputs = inputs[None]  # a convolution also takes one image without a batch axis
+        if self.name not in self.into:
+            self.into[self.name] = GramSum(_columns(self.layer, self.level), inputs.device)
+        sums = self.into[self.name]
         if self.level == "channel":
-            rows = channel_rows(self.layer, inputs)
+            if isinstance(self.layer, nn.Linear):
+                sums.add(channel_rows(self.layer, inputs))
+            else:  # in any order of the rows: this layout copies whole maps, not single numbers
+                sums.add(inputs.transpose(0, 1).flatten(1).T)
+        elif self.positions is None and is_shiftable(self.layer, inputs):
+            sums.add_patches(self.layer, inputs)
         else:
-            rows = patch_rows(self.layer, inputs, Positions.draw(self.layer, inputs, self.positions, self.generator))
-        moments = LayerMoments.of(rows)
-        self.into[self.name] = self.into[self.name] + moments if self.name in self.into else moments
+            drawn = Positions.draw(self.layer, inputs, self.positions, self.generator)
+            sums.add(patch_rows(self.layer, inputs, drawn))
+
+
+def _columns(layer: Layer, level: str) -> int:
+    return input_width(layer) * (1 if level == "channel" else kernel_columns(layer))
+
+
+def collection_bytes(model: nn.Module, layers: Sequence[str] | None = None, *, level: str = "channel") -> int:
+    """Return the size of the moments that `collect_moments` gathers: 8 d (d + 1) bytes for a layer of d columns.
+
+    Args:
+        model: as for `collect_moments`; it is not run.
+        layers: names of the layers; by default all Linear and convolution layers (those that do not run count too).
+        level: "channel" or "patch".
+
+    Raises:
+        ValueError: unknown layers or level.
+    """
+    _check_level(level)
+    names = list(layers) if layers is not None else layer_names(model)
+    columns = [_columns(get_layer(model, name), level) for name in names]
+    return sum(8 * d * (d + 1) for d in columns)
 
 
 @torch.no_grad()
@@ -176,15 +218,32 @@ def collect_moments(
 ) -> Moments:
     """Collect the second moments of the inputs of all layers in one forward pass over the data.
 
-    The products are formed and summed in float64. Memory depends on the widths only: d^2 numbers a layer, where d is
-    the number of features or channels ("channel"), or channels times kernel size ("patch").
+    The rows of a float64 model are multiplied in float64, all others (also of half precision, or under autocast) in
+    float32; the sums over rows are float64.  The error of a Gram entry is then about 1e-7 of sqrt(G_ii G_jj), at most
+    2e-6, see `GramSum`.  All positions of a convolution of stride 1 are taken by the shifts of its maps, without their
+    patches.
+
+    Memory does not depend on the number of batches.  The peak is the sum of: a copy of the model; the forward pass
+    itself; 8 d (d + 1) bytes for every layer of d columns (`collection_bytes`), where d is the number of features or
+    channels ("channel"), or channels times kernel size ("patch"); 4 d^2 more where d >= 128 on the CPU and the model
+    is not of float64; and, for the layer at work, one copy of its rows of the batch (4 or 8 bytes a number).  Where
+    the shifts are used, no rows are made; when the last batch is done, each Gram matrix exists twice, one after the
+    other.
+
+    To go on in another job, save what is done and add the rest; the order of the parts does not matter:
+
+        moments = collect_moments(model, first_batches)
+        moments.save("moments.npz")
+        ...
+        moments = Moments.load("moments.npz") + collect_moments(model, remaining_batches)
 
     Args:
-        model: any module with Linear or Conv2d layers; it is run in evaluation mode on a copy and stays as it is.
+        model: any module with Linear or convolution layers; it is run in evaluation mode on a copy and stays as it is.
         batches: re-iterable of `(inputs, targets)`, inputs alone, or mappings, on the model's device.
-        layers: names of the layers whose inputs to measure; by default all Linear and ungrouped Conv2d layers that run.
+        layers: names of the layers whose inputs to measure; by default all Linear and (not depthwise) convolution
+            layers that run.
         level: "channel" (every pixel of a channel is a sample of one node) or "patch" (the columns of the layer's
-            weight matrix, every output position is a sample).
+            weight matrix, every output position is a sample; of a grouped layer, the columns of all its blocks).
         positions: at patch level, output positions drawn at random per image; None takes all.
         forward: optional `forward(model, batch)` for models that are called in another way.
         seed: of the drawn positions.
@@ -196,27 +255,36 @@ def collect_moments(
         ValueError: empty batches, unknown layers or level, or NaN or Inf in a layer's inputs (the layer is named).
         TypeError: batches that cannot be iterated twice.
     """
-    if level not in LEVELS:
-        raise ValueError(f"level={level!r}: expected one of {LEVELS}")
+    _check_level(level)
     data = batches if isinstance(batches, CalibrationData) else CalibrationData(batches, forward)
     work = copy.deepcopy(model).eval()
     check_finite_weights(work)
     names = list(layers) if layers is not None else layer_names(work)
-    found: dict[str, LayerMoments] = {}
+    sums: dict[str, GramSum] = {}
     for index, name in enumerate(names):
         layer = get_layer(work, name)
-        layer.register_forward_pre_hook(_Collector(name, layer, level, positions, seed + index, found))
+        collector = _Collector(name, layer, level, positions, seed + index, sums)
+        layer.register_forward_pre_hook(collector, with_kwargs=True)
     samples = 0
     for batch in data.passes(work, "collecting moments"):
         data.call(work, batch)
         samples += batch_size(batch)
-    missing = [name for name in names if name not in found]
+    missing = [name for name in names if name not in sums]
     if layers is not None and missing:
         raise ValueError(f"the layers {missing} did not run in the forward pass; leave them out")
-    for name, moments in found.items():
+    found: dict[str, LayerMoments] = {}
+    for name, layer_sums in sums.items():
+        moments = found[name] = LayerMoments(layer_sums.rows, layer_sums.total, layer_sums.finish())
         if not bool(torch.isfinite(moments.gram.diagonal()).all()):
-            raise ValueError(f"NaN or Inf in the inputs of layer {name!r}: check the data and the layers before it")
+            raise ValueError(
+                f"NaN or Inf in the inputs of layer {name!r} or in their squares: check the data and earlier layers"
+            )
     return Moments(found, samples, level)
+
+
+def _check_level(level: str) -> None:
+    if level not in LEVELS:
+        raise ValueError(f"level={level!r}: expected one of {LEVELS}")
 
 
 def check_finite_weights(model: nn.Module) -> None:
@@ -226,8 +294,9 @@ def check_finite_weights(model: nn.Module) -> None:
         ValueError: naming the first tensor with NaN or Inf.
     """
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.sum())):  # the sum may also overflow
             count = int((~torch.isfinite(tensor)).sum())
-            raise ValueError(
-                f"the model's {name!r} has {count} NaN or Inf entries: repair or retrain the model before this"
-            )
+            if count:
+                raise ValueError(
+                    f"the model's {name!r} has {count} NaN or Inf entries: repair or retrain the model before this"
+                )

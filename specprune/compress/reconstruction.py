@@ -2,26 +2,55 @@
 
 - "channel": fold the node mix A_J = Sigma_FJ (Sigma_JJ + I_tau)^-1 into the consumer, W# = W A_J (the paper's way).
 - "patch": least squares of the original pre-activation on the kept columns of the original inputs.
-- "sequential": the same on the inputs that the already pruned layers before it really give (the default).
+- "sequential": the same on the inputs that the already pruned layers before it really give (the default).  A layer
+  whose outputs are added to a shortcut aims at the original sum minus the shortcut as it is now.
 - "none": only cut the columns.
+
+All of them act on a network of the old size in which the removed nodes' columns are zero.
 """
 
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from scipy import linalg
 from torch import Tensor, nn
 
-from specprune.compress.batches import CalibrationData, StopForward
-from specprune.compress.groups import Group
-from specprune.compress.layers import Layer, Positions, get_layer, patch_rows
+from specprune.compress.batches import CalibrationData
+from specprune.compress.blocks import Item
+from specprune.compress.capture import capture
+from specprune.compress.distributed import reduce_moments
+from specprune.compress.layers import Layer, Positions, blocks, get_layer, patch_rows, set_weight_matrix, weight_matrix
 from specprune.compress.moments import LayerMoments
+from specprune.compress.surgery import Group, input_columns
 
 RECONSTRUCTIONS = ("sequential", "patch", "channel", "none")
+_DEAD_GAIN = 1e-6  # of the largest gain: a batch norm that mutes a node passes no correction
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """The least squares problem of one consumer: its inputs in one network, its targets from the original one.
+
+    Args:
+        layer: the consumer's name.
+        mean: (d + o,) means of the rows [X | Y].
+        gram: (d, d) second moment of the inputs' columns about the mean (about zero if there is no intercept).
+        cross: (d, o) the same with the targets.
+        energy: (o,) the same of the targets with themselves.
+        intercept: whether the layer, or the batch norm that reads it, can take up a constant.
+    """
+
+    layer: str
+    mean: Tensor
+    gram: Tensor
+    cross: Tensor
+    energy: Tensor
+    intercept: bool
 
 
 def fold_node_mix(weight: Tensor, mix: np.ndarray) -> Tensor:
@@ -39,130 +68,235 @@ def fold_node_mix(weight: Tensor, mix: np.ndarray) -> Tensor:
     return folded.to(weight.dtype).contiguous()
 
 
-def least_squares(
-    moments: LayerMoments, columns: int, *, ridge: float, intercept: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the ridge regression of targets on regressors from their joint moments.
-
-    Minimises E ||Y - W X - b||^2 + ridge (Tr K / d) ||W||^2 with K the (centred, if there is an intercept) second
-    moment of X; the intercept is not penalised.
+def least_squares(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
+    """Return the ridge regression from second moments: W = C^T (K + ridge (Tr K / d) I)^-1.
 
     Args:
-        moments: of the rows [X | Y].
-        columns: d, how many of the columns are regressors.
+        gram: (d, d) second moment K of the regressors.
+        cross: (d, o) cross moment C with the targets.
         ridge: relative ridge, >= 0.
-        intercept: whether b is fitted; otherwise b = 0.
 
     Returns:
-        W of shape (targets, d) and b of shape (targets,).
+        (o, d) float64 weights; of least norm where the regressors are collinear and there is no ridge.
     """
-    joint = moments.covariance(centred=intercept)
-    mean = moments.mean()
-    gram, cross = joint[:columns, :columns], joint[:columns, columns:]
-    damping = ridge * max(float(np.trace(gram)) / columns, 0.0)
-    system = gram + damping * np.eye(columns)
+    size = len(gram)
+    damping = ridge * max(float(gram.trace()) / size, 0.0)
+    system = gram + damping * torch.eye(size, dtype=gram.dtype, device=gram.device)
+    if gram.is_cuda:
+        factor, info = torch.linalg.cholesky_ex(system)
+        if int(info) == 0:
+            return torch.cholesky_solve(cross, factor).T
+    matrix, right = system.cpu().numpy(), cross.cpu().numpy()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", linalg.LinAlgWarning)
-            weights = linalg.solve(system, cross, assume_a="pos").T
+            weights = linalg.solve(matrix, right, assume_a="pos").T
     except (linalg.LinAlgError, linalg.LinAlgWarning):  # collinear or dead nodes and no ridge: least norm
-        weights = (linalg.pinvh(system) @ cross).T
-    shift = mean[columns:] - weights @ mean[:columns] if intercept else np.zeros(len(weights))
-    return weights, shift
+        weights = (linalg.pinvh(matrix) @ right).T
+    return torch.as_tensor(weights, device=gram.device)
+
+
+def norm_gain(model: nn.Module, name: str) -> Tensor:
+    """Return what a batch norm in evaluation mode multiplies each node with, gamma / sqrt(var + eps), in float64."""
+    norm = model.get_submodule(name)
+    scale = (norm.get_buffer("running_var").to(torch.float64) + float(norm.eps)).rsqrt()  # type: ignore[arg-type]
+    return scale if norm.weight is None else scale * norm.weight.detach().to(torch.float64)  # type: ignore[union-attr, operator]
+
+
+def problem_from_moments(model: nn.Module, name: str, moments: LayerMoments, *, intercept: bool) -> Problem:
+    """Return a consumer's problem on its original inputs, where the targets are the layer's own outputs.
+
+    Args:
+        model: the original network.
+        name: the consumer.
+        moments: patch-level moments of its inputs.
+        intercept: whether the constant is free.
+    """
+    layer = get_layer(model, name)
+    weight = weight_matrix(layer).to(torch.float64)
+    mean = moments.total / moments.rows
+    gram = moments.gram / moments.rows
+    if intercept:
+        gram = gram - torch.outer(mean, mean)
+    parts = blocks(layer)
+    cross = torch.cat([gram[:, columns] @ weight[outputs].T for outputs, columns in parts], 1)
+    energy = torch.cat([((weight[o] @ gram[c][:, c]) * weight[o]).sum(1) for o, c in parts])
+    means = torch.cat([weight[o] @ mean[c] for o, c in parts])
+    if layer.bias is not None:
+        means = means + layer.bias.detach().to(torch.float64)
+    return Problem(name, torch.cat([mean, means]), gram, cross, energy, intercept)
 
 
 @torch.no_grad()
-def refit_consumer(
+def collect_problems(
     original: nn.Module,
-    pruned: nn.Module,
+    work: nn.Module,
     data: CalibrationData,
-    group: Group,
-    kept: np.ndarray,
-    kept_outputs: np.ndarray | None,
-    norm: str | None,
+    names: Sequence[str],
+    norms: Mapping[str, str],
+    closers: Sequence[str],
     *,
-    sequential: bool,
-    ridge: float,
     positions: int | None,
     seed: int,
-) -> None:
-    """Refit one consumer of the pruned network by least squares, in place.
-
-    Its target is the original pre-activation; its regressors are its inputs in the pruned network (`sequential`) or
-    the kept columns of its inputs in the original network.  The intercept goes into the layer's bias, or into the
-    running mean of the batch norm that follows it directly; where there is neither, none is fitted.
+) -> dict[str, Problem]:
+    """Return the problems of several consumers: inputs from the network as it is now, targets from the original one.
 
     Args:
         original: the network before pruning, in evaluation mode.
-        pruned: the network after the nodes were removed, with all earlier consumers already refitted.
+        work: the network of the old size with zeroed columns, all earlier consumers already refitted.
         data: calibration data.
-        group: whose consumer to refit.
-        kept: nodes of the group that were kept.
-        kept_outputs: the consumer's own outputs that were kept, None for all.
-        norm: name of the batch norm that reads the consumer's outputs directly, if there is one.
-        sequential: which inputs to regress on.
-        ridge: relative ridge.
+        names: the consumers.
+        norms: layer to the batch norm that reads it directly.
+        closers: layers whose outputs (or their batch norm's) are added to a shortcut.
         positions: output positions drawn per image in a convolution; None takes all.
         seed: of the positions.
+
+    Raises:
+        ValueError: NaN or Inf in a layer's inputs; the layer is named.
     """
-    before, after = get_layer(original, group.consumer), get_layer(pruned, group.consumer)
-    statistics = None if norm is None else dict(pruned.named_modules())[norm]
-    slots = before.weight.flatten(1).shape[1] // group.width
-    columns = torch.as_tensor((kept[:, None] * slots + np.arange(slots)).ravel(), device=before.weight.device)
-    rows = slice(None) if kept_outputs is None else torch.as_tensor(kept_outputs, device=before.weight.device)
-    weight = before.weight.flatten(1)[rows].to(torch.float64)
+    own_norms = {name: norms[name] for name in names if name in norms}
+    closing = [name for name in names if name in closers]
     generator = torch.Generator().manual_seed(seed)
-    joint: LayerMoments | None = None
-    for batch in data.passes(original, f"refitting {group.consumer}"):
-        inputs = _layer_input(original, before, data, batch)
-        drawn = Positions.draw(before, inputs, positions, generator)
-        patches = patch_rows(before, inputs, drawn).to(torch.float64)
-        targets = patches @ weight.T
-        if sequential:
-            regressors = patch_rows(after, _layer_input(pruned, after, data, batch), drawn).to(torch.float64)
-        else:
-            regressors = patches[:, columns]
-        moments = LayerMoments.of(torch.cat([regressors, targets], 1))
-        joint = moments if joint is None else joint + moments
-    if joint is None or not bool(torch.isfinite(joint.gram.diagonal()).all()):
-        raise ValueError(f"NaN or Inf in the inputs of layer {group.consumer!r} while refitting it")
-    intercept = after.bias is not None or statistics is not None
-    solution, shift = least_squares(joint, len(columns), ridge=ridge, intercept=intercept)
-    after.weight.copy_(torch.as_tensor(solution).reshape(after.weight.shape))
-    moved = torch.as_tensor(shift, dtype=torch.float64, device=after.weight.device)
-    if after.bias is not None:
-        after.bias.add_(moved.to(after.bias.dtype))
-    elif statistics is not None:
-        mean = statistics.get_buffer("running_mean")
-        mean.sub_(moved.to(mean.dtype))
+    sums: dict[str, LayerMoments] = {}
+    for batch in data.passes(work, f"refitting {', '.join(names)}"):
+        before = capture(original, names, data, batch, norms=own_norms, closers=closing)
+        now = capture(work, names, data, batch, norms=own_norms, closers=closing)
+        for name in names:
+            layer = get_layer(work, name)
+            drawn = Positions.draw(layer, now[name].inputs, positions, generator)
+            target = drawn.rows(layer, before[name].outputs)
+            old, new = before[name].shortcut, now[name].shortcut
+            if name in closing and old is not None and new is not None:
+                target = target + drawn.rows(layer, old - new) * _inverse_gain(work, own_norms.get(name), target)
+            rows = torch.cat([patch_rows(layer, now[name].inputs, drawn), target], 1)
+            moments = LayerMoments.of(rows)
+            sums[name] = sums[name] + moments if name in sums else moments
+    problems = {}
+    widths = {name: sum(_sizes(get_layer(work, name))) for name in names}
+    for name, moments in reduce_moments(sums, widths, get_layer(work, names[0]).weight.device).items():
+        layer = get_layer(work, name)
+        if not bool(torch.isfinite(moments.gram.diagonal()).all()):
+            raise ValueError(f"NaN or Inf in the inputs of layer {name!r} while refitting it")
+        intercept = layer.bias is not None or name in norms
+        mean = moments.total / moments.rows
+        joint = moments.gram / moments.rows
+        if intercept:
+            joint = joint - torch.outer(mean, mean)
+        columns, _ = _sizes(layer)
+        problems[name] = Problem(
+            name, mean, joint[:columns, :columns], joint[:columns, columns:], joint.diagonal()[columns:], intercept
+        )
+    return problems
 
 
-def fold_consumer(
-    original: nn.Module, pruned: nn.Module, group: Group, mix: np.ndarray, kept_outputs: np.ndarray | None
+def _sizes(layer: Layer) -> tuple[int, int]:
+    """Return the number of columns of the layer's `patch_rows` and of its outputs."""
+    outputs, columns = blocks(layer)[-1]
+    return columns.stop, outputs.stop
+
+
+def _inverse_gain(model: nn.Module, norm: str | None, like: Tensor) -> Tensor | float:
+    if norm is None:
+        return 1.0
+    gain = norm_gain(model, norm)
+    alive = gain.abs() > _DEAD_GAIN * gain.abs().max()
+    return torch.where(alive, 1.0 / torch.where(alive, gain, 1.0), 0.0).to(like.dtype)
+
+
+def selection_items(
+    model: nn.Module, problem: Problem, group: Group, norm: str | None, present: np.ndarray
+) -> list[Item]:
+    """Return a consumer's problem as selection sees it, one item for each block of a grouped convolution.
+
+    The outputs are weighed as the batch norm after the layer weighs them, and divided by their total variance.
+
+    Args:
+        model: the network.
+        problem: of one consumer of the group.
+        group: whose units are chosen.
+        norm: the batch norm that reads the consumer's outputs directly, if there is one.
+        present: input features or channels that are still there; nodes of other groups may be gone.
+    """
+    layer = get_layer(model, problem.layer)
+    (entry,) = [part for part in group.consumers if part.module == problem.layer]
+    columns = input_columns(layer, entry.index).reshape(group.width, -1)
+    gain = torch.ones_like(problem.energy) if norm is None else norm_gain(model, norm)
+    total = float((problem.energy * gain.square()).sum())
+    if total <= 0:
+        return []
+    weights = gain / total**0.5
+    here = np.sort(input_columns(layer, present))
+    items = []
+    for outputs, part in blocks(layer):
+        own = here[(here >= part.start) & (here < part.stop)]
+        place = {column: index for index, column in enumerate(own.tolist())}
+        inside = np.array([[place[c] for c in unit if c in place] for unit in columns.tolist()])
+        rows = torch.as_tensor(own, device=problem.gram.device)
+        items.append(Item(problem.gram[rows][:, rows], problem.cross[rows][:, outputs] * weights[outputs], inside))
+    return items
+
+
+@torch.no_grad()
+def refit(
+    work: nn.Module, problem: Problem, kept_inputs: np.ndarray, norm: str | None, ridge: float, before: nn.Module
 ) -> None:
-    """Set one consumer of the pruned network to W A_J, in place (the paper's one-pass reconstruction)."""
-    before, after = get_layer(original, group.consumer), get_layer(pruned, group.consumer)
-    weight = before.weight.detach()
-    if kept_outputs is not None:
-        weight = weight[torch.as_tensor(kept_outputs, device=weight.device)]
-    by_node = weight.reshape(weight.shape[0], group.width, -1)
-    with torch.no_grad():
-        after.weight.copy_(fold_node_mix(by_node, mix).reshape(after.weight.shape))
+    """Solve a consumer's problem on the kept inputs and write the solution into the network, in place.
+
+    The intercept goes into the layer's bias, or into the running mean of the batch norm that follows it directly; where
+    there is neither, none is fitted.
+
+    Args:
+        work: the network of the old size.
+        problem: of the consumer.
+        kept_inputs: input features or channels that are left.
+        norm: the batch norm that reads the consumer's outputs directly, if there is one.
+        ridge: relative ridge.
+        before: the original network, whose bias or running mean the intercept starts from.
+    """
+    layer = get_layer(work, problem.layer)
+    matrix = torch.zeros_like(weight_matrix(layer), dtype=torch.float64)
+    width = problem.gram.shape[0]
+    kept = np.sort(input_columns(layer, kept_inputs))
+    shift = problem.mean[width:].clone()
+    for outputs, part in blocks(layer):
+        inside = torch.as_tensor(kept[(kept >= part.start) & (kept < part.stop)], device=problem.gram.device)
+        gram, cross = problem.gram[inside][:, inside], problem.cross[inside][:, outputs]
+        solution = least_squares(gram, cross, ridge)
+        shift[outputs] -= solution @ problem.mean[inside]
+        matrix[outputs.start : outputs.stop, inside - part.start] = solution.to(matrix.device)
+    set_weight_matrix(layer, matrix.to(layer.weight.dtype))
+    if not problem.intercept:
+        return
+    if layer.bias is not None:
+        layer.bias.copy_(shift.to(layer.bias.dtype))
+    elif norm is not None:
+        mean = work.get_submodule(norm).get_buffer("running_mean")
+        mean.copy_((before.get_submodule(norm).get_buffer("running_mean") - shift.to(mean.device)).to(mean.dtype))
 
 
-def _layer_input(model: nn.Module, layer: Layer, data: CalibrationData, batch: Any) -> Tensor:
-    """Return what the layer receives for this batch; the rest of the network is not run."""
-    seen: list[Tensor] = []
+@torch.no_grad()
+def fold_nodes(
+    original: nn.Module, work: nn.Module, group: Group, name: str, kept: np.ndarray, mix: np.ndarray
+) -> None:
+    """Fold the node mix of one group into a consumer, W# = W A_J, in place (the paper's one-pass reconstruction).
 
-    def stop(_: nn.Module, args: tuple[Any, ...]) -> None:
-        seen.append(args[0])
-        raise StopForward
-
-    handle = layer.register_forward_pre_hook(stop)
-    try:
-        data.call(model, batch)
-    except StopForward:
-        pass
-    finally:
-        handle.remove()
-    return seen[0]
+    Args:
+        original: the network before pruning.
+        work: the network of the old size.
+        group: the group.
+        name: one of its consumers.
+        kept: the group's kept units.
+        mix: (units, kept) reconstruction matrix A_J.
+    """
+    (entry,) = [part for part in group.consumers if part.module == name]
+    before, after = get_layer(original, name), get_layer(work, name)
+    columns = input_columns(before, entry.index).reshape(group.width, -1)
+    old, new = weight_matrix(before), weight_matrix(after).clone()
+    for outputs, part in blocks(before):
+        inside = np.array([[c - part.start for c in unit if part.start <= c < part.stop] for unit in columns])
+        place = torch.as_tensor(inside, device=old.device)
+        new[outputs.start : outputs.stop, place.flatten()] = 0
+        new[outputs.start : outputs.stop, place[torch.as_tensor(kept)].flatten()] = fold_node_mix(
+            old[outputs][:, place], mix
+        ).flatten(1)
+    set_weight_matrix(after, new)

@@ -9,7 +9,8 @@ from torch import nn
 
 from specprune._records import format_table, to_json
 from specprune.bounds.nodes import WeightedNodes
-from specprune.compress.groups import Group
+from specprune.compress.latency import Latency
+from specprune.compress.surgery import Group, Skipped
 
 
 @dataclass(frozen=True)
@@ -17,8 +18,8 @@ class GroupReport:
     """What happened to one group of nodes.
 
     Args:
-        group: the layer whose outputs the nodes are.
-        consumer: the layer that reads them.
+        group: the layer that makes the units; the first, if there are several.
+        consumer: the layers that read them.
         width_before: number of nodes m.
         width_after: number of nodes kept.
         lam: lambda, in units of the covariance.
@@ -79,21 +80,25 @@ class PruneReport:
 
     Args:
         groups: one entry a group; the network's last layer has no group of its own.
+        skipped: what was left whole, and why.
         settings: the arguments of the call.
         flops_before: FLOPs of one sample (two a multiply-add), before.
         flops_after: the same, after.
         params_before: number of parameters, before.
         params_after: the same, after.
+        latencies: measured times of both networks, if they were asked for.
         samples: number of calibration samples.
         seconds: time of the whole call.
     """
 
     groups: tuple[GroupReport, ...]
+    skipped: tuple[Skipped, ...]
     settings: dict[str, Any]
     flops_before: int
     flops_after: int
     params_before: int
     params_after: int
+    latencies: tuple[Latency, ...]
     samples: int
     seconds: float
 
@@ -111,7 +116,14 @@ class PruneReport:
             f"parameters {self.params_before} -> {self.params_after} ({self.params_after / self.params_before:.1%}), "
             f"{self.samples} calibration samples, {self.seconds:.1f} s"
         )
-        return format_table(self.to_records(), _COLUMNS, head)
+        lines = [format_table(self.to_records(), _COLUMNS, head)]
+        lines += [
+            f"latency, batch of {entry.batch}: {entry.before_ms:.3g} -> {entry.after_ms:.3g} ms "
+            f"({entry.speed_up:.2f} times faster; FLOPs fell {self.flops_before / self.flops_after:.2f} times)"
+            for entry in self.latencies
+        ]
+        lines += [f"left whole: {entry.name}: {entry.reason}" for entry in self.skipped]
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)

@@ -5,34 +5,36 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from specprune.bounds.degrees_of_freedom import degrees_of_freedom
 from specprune.bounds.nodes import WeightedNodes, feasibility, reconstruction_matrix, sample_nodes, weighted_nodes
 from specprune.bounds.spectral import paper_width
-from specprune.compress.allocation import (
-    ALLOCATIONS,
-    Allocation,
-    dof_allocation,
-    lambda_allocation,
-    uniform_allocation,
-)
+from specprune.compress.allocation import Allocation
 from specprune.compress.batches import CalibrationData, Forward
-from specprune.compress.cost import CostModel, cost_model, count_params, group_params, module_flops
-from specprune.compress.groups import Group, find_groups, remove_nodes
-from specprune.compress.layers import get_layer
-from specprune.compress.moments import Moments, check_finite_weights, collect_moments
-from specprune.compress.reconstruction import RECONSTRUCTIONS, fold_consumer, refit_consumer
+from specprune.compress.context import Context, make_context, propose_units
+from specprune.compress.cost import count_params, group_params, module_flops
+from specprune.compress.distillation import distill
+from specprune.compress.groups import agreement_error, find_groups
+from specprune.compress.latency import Latency, measure_latency
+from specprune.compress.moments import Moments, check_finite_weights
+from specprune.compress.planning import make_plan
+from specprune.compress.reconstruction import Problem, collect_problems, fold_nodes, refit
+from specprune.compress.recurrent_refit import refit_recurrent, refit_recurrent_inputs
 from specprune.compress.report import GroupReport, Pruned, PruneReport
-from specprune.compress.selection import RULES, NodeStatistics, information_losses, select_nodes
+from specprune.compress.selection import NodeStatistics, information_losses
+from specprune.compress.settings import Settings
+from specprune.compress.statistics import kept_inputs
+from specprune.compress.surgery import RECURRENT, Group, mask_nodes, remove_nodes
+from specprune.compress.tracing import small_batch
 
-MIN_LAMBDA = 1e-14
 _DRAWS = 10  # a draw is good with probability at least 1/5, so that ten fail with probability 0.8^10 = 0.11 at most
 _DEAD_WEIGHT = 1e-12
+_AGREEMENT = 1e3  # times what rounding explains; the check is for networks that compute something else
 
 
 def prune(
@@ -43,283 +45,214 @@ def prune(
     widths: Mapping[str, int] | None = None,
     moments: Moments | None = None,
     measure: str = "flops",
-    allocation: str = "uniform",
-    selection: str = "greedy",
+    allocation: str = "calibrated",
+    selection: str = "backward",
+    scores: Mapping[str, np.ndarray] | None = None,
     theta: float = 0.0,
     reconstruction: str = "sequential",
     lam: float = 1e-6,
     ridge: float = 1e-6,
     positions: int | None = 32,
+    round_to: int = 1,
+    distill_steps: int = 0,
+    latency: bool = False,
     forward: Forward | None = None,
     seed: int = 0,
 ) -> Pruned:
     """Return a smaller network that computes nearly the same as the given one, from unlabelled data.
 
-    In each group (the outputs of one layer) a set J of nodes is kept, the others are removed, and the layer that reads
-    them is refitted on what is left.  No labels and no gradients are used.
+    In each group (nodes that must go together: the outputs of a layer, channels along shortcuts, attention heads, hidden
+    nodes of a recurrent layer) a set J of units is kept, the others are removed, and the layers that read them are
+    refitted on what is left.  What cannot be pruned stays whole, with the reason in the report.
 
     Args:
-        model: a chain of Linear, Conv2d, BatchNorm, activations, pooling, dropout and flattening; stays bit for bit.
+        model: any network with one output tensor; stays bit for bit.
         batches: re-iterable of `(inputs, targets)`, of inputs alone, or of mappings, on the model's device.
         keep: fraction of `measure` to keep, in (0, 1]; left out with `widths`, and where `lam` gives the widths.
-        widths: group name to number of nodes, instead of `keep`; groups that are not named stay whole.
+        widths: group name to number of units, instead of `keep`; groups that are not named stay whole.
         moments: channel-level moments of this model over these batches, from `collect_moments`; collected if None.
-        measure: "flops" (`torch.utils.flop_counter`, two a multiply-add), "params" or "nodes".
-        allocation: "uniform" (same fraction everywhere), "dof" (degrees of freedom at a common relative lambda: the
-            one that meets `keep`, or `lam` without `keep`), or "theory" (5 N log(80 N) nodes at `lam`).
-        selection: "greedy", "leverage" (drawn until there are enough different nodes; with allocation="theory" the
-            theorem's independent draws, repeated ones merged), "cholesky", "magnitude" or "random".
+        measure: "flops" (`torch.utils.flop_counter`, two a multiply-add), "params", "nodes" or "latency" (measured on a
+            batch of 64; widths are found by bisection of the FLOPs).
+        allocation: "calibrated" (least predicted divergence of the outputs: each group's residual curve scaled to two
+            measurements), "sensitivity" (the same with seven measurements), "uniform" (same fraction everywhere), "dof"
+            (degrees of freedom at a common relative lambda: the one that meets `keep`, or `lam` without `keep`), or
+            "theory" (5 N log(80 N) nodes at `lam`).
+        selection: "backward" (elimination by the exact loss of the refit), "greedy" (the paper's), "thorough" (the best
+            of several proposals by measured divergence), "thinet", "magnitude", "magnitude_l1", "scores", "leverage"
+            (drawn until there are enough different nodes; with allocation="theory" the theorem's independent draws,
+            repeated ones merged), "cholesky" or "random".
+        scores: group name to one number a unit, for selection="scores"; the larger stay.
         theta: weight of the input information loss against the output loss in the greedy rule, 0..1.
         reconstruction: "sequential", "patch", "channel" (the paper's) or "none".
         lam: relative lambda, lambda_l = lam * Tr Sigma_l; "dof" with `keep` finds its own.
-        ridge: relative ridge of the least squares in "sequential" and "patch".
+        ridge: relative ridge of the least squares in "sequential" and "patch", and of the backward rule.
         positions: output positions per image that the least squares of a convolution sees; None takes all.
+        round_to: widths are multiples of this where they are cut (8 suits accelerators); attention heads are exempt.
+        distill_steps: gradient steps towards the original's outputs at the end, without labels; 300 are a good number.
+        latency: whether to measure the time of both networks, for the report.
         forward: optional `forward(model, batch)` for models that are called in another way.
-        seed: of the random rules and of the positions.
+        seed: of the random rules, of the positions and of the distillation's order.
 
     Returns:
-        The new network, the report, the groups and the kept nodes.
+        The new network, the report, the groups and the kept units.
 
     Raises:
-        ValueError: an argument out of range, a network that is not a chain, frozen or non-finite weights, empty or
+        ValueError: an argument out of range, a network in which nothing can be pruned, non-finite weights, empty or
             mismatched batches, or a budget that cannot be met.
         TypeError: batches that cannot be iterated twice.
+        RuntimeError: the cut network does not compute what was prepared; or another process of a parallel run died.
 
     Source:
-        Suzuki et al. 2020, "Spectral Pruning", arXiv:1808.08558 (selection, degrees of freedom, channel mix); the
-        sequential least squares is ours.
+        Suzuki et al. 2020, "Spectral Pruning", arXiv:1808.08558 (greedy selection, degrees of freedom, channel mix);
+        backward elimination inside the sequential least squares, and the calibrated widths, are ours.
     """
     start = time.perf_counter()
-    settings = {
-        "keep": keep,
-        "widths": None if widths is None else dict(widths),
-        "measure": measure,
-        "allocation": allocation,
-        "selection": selection,
-        "theta": theta,
-        "reconstruction": reconstruction,
-        "lam": lam,
-        "ridge": ridge,
-        "positions": positions,
-        "seed": seed,
-    }
-    _check_arguments(keep, widths, allocation, selection, theta, reconstruction, lam, ridge, positions)
+    settings = Settings(
+        keep,
+        None if widths is None else dict(widths),
+        measure,
+        allocation,
+        selection,
+        theta,
+        reconstruction,
+        lam,
+        ridge,
+        positions,
+        round_to,
+        distill_steps,
+        seed,
+    )
     check_finite_weights(model)
     data = batches if isinstance(batches, CalibrationData) else CalibrationData(batches, forward)
-    original = copy.deepcopy(model).eval()
-    groups = find_groups(original, data)
-    if moments is None:
-        moments = collect_moments(original, data, [group.consumer for group in groups])
-    _check_moments(moments, original, groups)
-    norms = {group.name: group.direct_norm for group in groups}
-    statistics = {group.name: node_statistics(original, moments, group, norms.get(group.consumer)) for group in groups}
-    cost = cost_model(original, data, groups, measure)
-    plan = _allocate(cost, statistics, keep, widths, allocation, lam)
-    generator = np.random.default_rng(seed)
-    chosen: dict[str, WeightedNodes] = {}
-    seconds = {}
-    for group in groups:
-        begin = time.perf_counter()
-        chosen[group.name] = _choose(statistics[group.name], plan, group, allocation, selection, theta, generator)
-        seconds[group.name] = time.perf_counter() - begin
-    kept = {name: nodes.indices for name, nodes in chosen.items()}
-    small = remove_nodes(original, data, groups, kept)
-    changed = False
-    for index, group in enumerate(groups):
-        begin = time.perf_counter()
-        outputs = kept.get(group.consumer)
-        whole = len(kept[group.name]) == group.width
-        changed = changed or not whole
-        # Nothing is refitted whose inputs are those of the original network.
-        if reconstruction == "none" or (whole and not (changed and reconstruction == "sequential")):
-            pass
-        elif reconstruction == "channel":
-            mix = reconstruction_matrix(statistics[group.name].covariance, chosen[group.name], plan.lams[group.name])
-            fold_consumer(original, small, group, mix, outputs)
-        else:
-            refit_consumer(
-                original,
-                small,
-                data,
-                group,
-                kept[group.name],
-                outputs,
-                norms.get(group.consumer),
-                sequential=reconstruction == "sequential",
-                ridge=ridge,
-                positions=positions,
-                seed=seed + index,
-            )
-        seconds[group.name] += time.perf_counter() - begin
+    context = make_context(model, data, find_groups(model, data), settings, moments, scores)
+    plan = make_plan(context)
+    work, chosen, seconds = _prune_groups(context, plan)
+    small = _cut(context, work, chosen)
+    if distill_steps:
+        distill(small, context.original, data, distill_steps, seed)
     check_finite_weights(small)
-    flops = module_flops(original, data), module_flops(small, data)
-    rows = tuple(
-        _report(
-            group,
-            statistics[group.name],
-            chosen[group.name],
-            plan.lams[group.name],
-            flops=(flops[0].get(group.name, 0), flops[1].get(group.name, 0)),
-            params=(group_params(original, group), group_params(small, group)),
-            seconds=seconds[group.name],
-        )
-        for group in groups
-    )
-    report = PruneReport(
-        rows,
-        settings,
-        sum(flops[0].values()),
-        sum(flops[1].values()),
-        count_params(original),
-        count_params(small),
-        moments.samples,
-        time.perf_counter() - start,
-    )
+    times = measure_latency(context.original, small, data) if latency else ()
+    report = _report(context, plan, chosen, small, times, seconds, start)
     modes = {name: module.training for name, module in model.named_modules()}
     for name, module in small.named_modules():
-        module.training = modes[name]
-    return Pruned(small, report, groups, chosen)
+        module.training = modes.get(name, model.training)
+    return Pruned(small, report, context.structure.groups, chosen)
 
 
-def node_statistics(model: nn.Module, moments: Moments, group: Group, norm: str | None = None) -> NodeStatistics:
-    """Return what selection needs to know about a group, from channel-level moments of its consumer's inputs.
+def _prune_groups(context: Context, plan: Allocation) -> tuple[nn.Module, dict[str, WeightedNodes], dict[str, float]]:
+    """Settle the groups and refit their consumers, in the order in which the consumers run.
 
-    Args:
-        model: the network.
-        moments: of at least the group's consumer.
-        group: from `find_groups`.
-        norm: the batch norm that reads the consumer's outputs directly; its gain is multiplied into the consumer's
-            weights Z, so that the output loss is measured where the activation sees it.
-
-    Returns:
-        Covariance, Z^T Z (summed over kernel offsets or pixels) and magnitudes of the group's nodes.
+    Returns the network of the old size with zeroed columns, the kept units, and each group's seconds.
     """
-    consumer = get_layer(model, group.consumer)
-    weight = consumer.weight.detach().to(torch.float64)
-    if norm is not None:
-        weight = weight * norm_gain(model, norm).reshape(-1, *[1] * (weight.dim() - 1))
-    columns = weight.reshape(weight.shape[0], group.width, -1).transpose(1, 2).reshape(-1, group.width)
-    own = get_layer(model, group.name).weight.detach().to(torch.float64).flatten(1)
-    return NodeStatistics(
-        covariance=moments[group.consumer].node_covariance(group.width),
-        consumer_gram=(columns.T @ columns).cpu().numpy(),
-        magnitudes=own.norm(dim=1).cpu().numpy(),
-    )
+    settings, groups, original = context.settings, context.structure.groups, context.original
+    work = copy.deepcopy(original)
+    chosen: dict[str, WeightedNodes] = {}
+    kept: dict[str, np.ndarray] = {}
+    seconds = dict.fromkeys((group.name for group in groups), 0.0)
+    sequential = settings.reconstruction == "sequential"
+    changed = False
+    for index, name in enumerate(context.steps):
+        begin = time.perf_counter()
+        readers = [group for group in groups if any(entry.module == name for entry in group.consumers)]
+        new = [g for g in groups if g.name not in kept and (g in readers or (g.kind == "hidden" and g.name == name))]
+        cut = [group for group in new if plan.widths[group.name] < group.width]
+        stale = sequential and changed and not cut  # earlier cuts changed the inputs
+        problems: dict[str, Problem] = context.problems
+        if sequential and (stale or cut or any(len(kept[g.name]) < g.width for g in readers if g.name in kept)):
+            wanted = {name, *(entry.module for group in cut for entry in group.consumers)}
+            problems = collect_problems(
+                original,
+                work,
+                context.data,
+                [one for one in context.consumers if one in wanted],
+                context.norms,
+                context.closers,
+                positions=settings.positions,
+                seed=settings.seed + index,
+            )
+        for group in new:
+            chosen[group.name] = _choose(context, plan, group, problems, work, kept)
+            kept[group.name] = chosen[group.name].indices
+            mask_nodes(work, [group], kept)
+        left, whole = kept_inputs(original, name, groups, kept)
+        untouched = whole and not (changed and sequential)
+        changed = changed or not whole
+        if isinstance(work.get_submodule(name), RECURRENT):
+            _refit_recurrent(context, work, name, kept, None if untouched else left)
+            changed = changed or (name in kept and len(kept[name]) < context.statistics[name].width)
+            continue
+        # Nothing is refitted whose inputs are those of the original network.
+        if settings.reconstruction != "none" and not untouched:
+            if settings.reconstruction == "channel":
+                for group in readers:
+                    nodes, lam = chosen[group.name], plan.lams[group.name]
+                    mix = reconstruction_matrix(context.statistics[group.name].covariance, nodes, lam)
+                    fold_nodes(original, work, group, name, nodes.indices, mix)
+            else:
+                refit(work, problems[name], left, context.norms.get(name), settings.ridge, original)
+        for group in readers:
+            seconds[group.name] += (time.perf_counter() - begin) / len(readers)
+    return work, chosen, seconds
 
 
-def norm_gain(model: nn.Module, name: str) -> Tensor:
-    """Return what a batch norm in evaluation mode multiplies each node with, gamma / sqrt(var + eps), in float64."""
-    norm: Any = dict(model.named_modules())[name]
-    scale = (norm.running_var.to(torch.float64) + norm.eps).rsqrt()
-    return scale if norm.weight is None else scale * norm.weight.detach().to(torch.float64)
-
-
-def _check_arguments(
-    keep: float | None,
-    widths: Mapping[str, int] | None,
-    allocation: str,
-    selection: str,
-    theta: float,
-    reconstruction: str,
-    lam: float,
-    ridge: float,
-    positions: int | None,
+def _refit_recurrent(
+    context: Context, work: nn.Module, name: str, kept: Mapping[str, np.ndarray], inputs: np.ndarray | None
 ) -> None:
-    for label, value, allowed in (
-        ("allocation", allocation, ALLOCATIONS),
-        ("selection", selection, tuple(sorted(RULES))),
-        ("reconstruction", reconstruction, RECONSTRUCTIONS),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{label}={value!r}: expected one of {allowed}")
-    by_lambda = keep is None and widths is None and allocation in ("dof", "theory")
-    if by_lambda + (keep is not None) + (widths is not None) != 1 or (keep is not None and allocation == "theory"):
-        raise ValueError(
-            f"keep={keep}, widths={widths}, allocation={allocation!r}: give keep, or widths, or neither of them with "
-            "allocation='dof' or 'theory', which then take the widths from lam"
+    """Refit what a recurrent layer reads: its inputs (None: they are as they were), and its own hidden nodes."""
+    settings = context.settings
+    if settings.reconstruction == "none":
+        return
+    sequential = settings.reconstruction == "sequential"
+    if inputs is not None:
+        refit_recurrent_inputs(
+            context.original, work, name, inputs, context.data, ridge=settings.ridge, sequential=sequential
         )
-    if keep is not None and not 0.0 < keep <= 1.0:
-        raise ValueError(f"keep={keep}: expected the fraction to keep, above 0 and at most 1 (0.3 keeps 30 %)")
-    if not 0.0 <= theta <= 1.0:
-        raise ValueError(f"theta={theta}: expected a number between 0 and 1")
-    if not MIN_LAMBDA <= lam < 1e6:
-        raise ValueError(
-            f"lam={lam}: expected a positive number, lambda relative to the trace of the covariance, of at least "
-            f"{MIN_LAMBDA:g} (the size of rounding)"
+    if name in kept and (inputs is not None or len(kept[name]) < context.statistics[name].width):
+        refit_recurrent(
+            context.original, work, name, kept[name], context.data, ridge=settings.ridge, sequential=sequential
         )
-    if not 0.0 <= ridge < 1e6:
-        raise ValueError(f"ridge={ridge}: expected a number that is not negative, relative to the mean eigenvalue")
-    if positions is not None and positions < 1:
-        raise ValueError(f"positions={positions}: expected at least 1, or None for all")
 
 
-def _check_moments(moments: Moments, model: nn.Module, groups: tuple[Group, ...]) -> None:
-    for group in groups:
-        weight = get_layer(model, group.consumer).weight
-        if moments.level != "channel" or group.consumer not in moments:
-            raise ValueError(
-                f"moments of {moments.level} level for {list(moments)}: expected channel level, with {group.consumer!r}"
-            )
-        if len(moments[group.consumer].total) != weight.shape[1]:
-            raise ValueError(
-                f"the moments of {group.consumer!r} have {len(moments[group.consumer].total)} columns, the layer reads "
-                f"{weight.shape[1]}: they are of another model"
-            )
+def _cut(context: Context, work: nn.Module, chosen: Mapping[str, WeightedNodes]) -> nn.Module:
+    """Take the nodes out of the prepared network, and check that this changes nothing.
 
-
-def _allocate(
-    cost: CostModel,
-    statistics: Mapping[str, NodeStatistics],
-    keep: float | None,
-    widths: Mapping[str, int] | None,
-    allocation: str,
-    lam: float,
-) -> Allocation:
-    traces = {name: float(np.trace(entry.covariance)) for name, entry in statistics.items()}
-    dead = [name for name, trace in traces.items() if trace <= 0]
-    if dead:
-        raise ValueError(f"the nodes of {dead} are zero on all calibration data: nothing to measure; check the data")
-    if widths is not None:
-        wrong = {
-            name: width
-            for name, width in widths.items()
-            if not isinstance(width, int | np.integer) or not 1 <= width <= cost.full.get(name, 0)
-        }
-        if wrong:
-            raise ValueError(f"widths={wrong}: the groups and their full widths are {cost.full}")
-        return Allocation({**cost.full, **widths}, {name: lam * trace for name, trace in traces.items()})
-    if allocation == "uniform" and keep is not None:
-        return uniform_allocation(cost, keep, traces, lam)
-    spectra = {name: entry.spectrum for name, entry in statistics.items()}
-    if allocation == "dof" and keep is not None:
-        return dof_allocation(cost, keep, spectra)
-    return lambda_allocation(cost.full, spectra, lam, theory=allocation == "theory")
+    Raises:
+        RuntimeError: the smaller network computes something else.
+    """
+    small = remove_nodes(work, context.structure.groups, {name: nodes.indices for name, nodes in chosen.items()})
+    error = agreement_error(small, work, context.data, small_batch(context.data.first()))
+    if not error <= 1:
+        raise RuntimeError(
+            f"the cut network and the prepared one disagree ({error:.3g} times what rounding explains); please report "
+            "this network, and leave out the groups that cause it with widths={...}"
+        )
+    return small
 
 
 def _choose(
-    statistics: NodeStatistics,
+    context: Context,
     plan: Allocation,
     group: Group,
-    allocation: str,
-    selection: str,
-    theta: float,
-    generator: np.random.Generator,
+    problems: Mapping[str, Problem],
+    work: nn.Module,
+    kept: Mapping[str, np.ndarray],
 ) -> WeightedNodes:
-    """Return the kept nodes of one group with their weights, in ascending order."""
+    """Return the kept units of one group with their weights, in ascending order."""
+    settings, statistics = context.settings, context.statistics[group.name]
     width, lam = plan.widths[group.name], plan.lams[group.name]
     scores = statistics.leverage(lam)
     whole = WeightedNodes(np.arange(group.width), np.ones(group.width))
-    if allocation == "theory" and selection == "leverage":
+    if settings.allocation == "theory" and settings.selection == "leverage":
         # The theorem's own draw: M independent nodes, repeated ones merged; drawn anew until it is a good one.
         size = paper_width(float(degrees_of_freedom(statistics.spectrum, lam)))
         for _ in range(_DRAWS):
-            drawn = weighted_nodes(sample_nodes(scores, size, generator), scores)
+            drawn = weighted_nodes(sample_nodes(scores, size, context.generator), scores)
             if feasibility(statistics.covariance, drawn, lam).holds:
                 break
         return whole if len(drawn.indices) == group.width else drawn
     if width == group.width:
         return whole
-    indices = select_nodes(selection, statistics, width, lam=lam, theta=theta, generator=generator)
+    indices = propose_units(context, group, width, lam, problems, work, kept)
     # A rule may choose a node that carries nothing; it has no leverage, and a tiny weight keeps it out of s.
     floor = np.finfo(np.float64).eps / len(scores)
     nodes = weighted_nodes(np.sort(indices), np.maximum(scores, floor))
@@ -327,6 +260,45 @@ def _choose(
 
 
 def _report(
+    context: Context,
+    plan: Allocation,
+    chosen: Mapping[str, WeightedNodes],
+    small: nn.Module,
+    times: tuple[Latency, ...],
+    seconds: Mapping[str, float],
+    start: float,
+) -> PruneReport:
+    original = context.original
+    flops = module_flops(original, context.data), module_flops(small, context.data)
+    rows = []
+    for group in context.structure.groups:
+        own = [sum(counts.get(part.module, 0) for part in group.producers) for counts in flops]
+        rows.append(
+            _group_report(
+                group,
+                context.statistics[group.name],
+                chosen[group.name],
+                plan.lams[group.name],
+                flops=(own[0], own[1]),
+                params=(group_params(original, group), group_params(small, group)),
+                seconds=seconds[group.name],
+            )
+        )
+    return PruneReport(
+        tuple(rows),
+        context.structure.skipped,
+        asdict(context.settings),
+        sum(flops[0].values()),
+        sum(flops[1].values()),
+        count_params(original),
+        count_params(small),
+        times,
+        context.samples,
+        time.perf_counter() - start,
+    )
+
+
+def _group_report(
     group: Group,
     statistics: NodeStatistics,
     nodes: WeightedNodes,
@@ -345,7 +317,7 @@ def _report(
     input_loss, output_loss = information_losses(statistics, nodes, lam)
     return GroupReport(
         group=group.name,
-        consumer=group.consumer,
+        consumer=", ".join(entry.module for entry in group.consumers),
         width_before=group.width,
         width_after=len(nodes.indices),
         lam=lam,

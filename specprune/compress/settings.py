@@ -1,0 +1,75 @@
+"""The choices of a pruning run, checked once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from specprune.compress.allocation import ALLOCATIONS
+from specprune.compress.choice import SELECTIONS
+from specprune.compress.cost import MEASURES
+from specprune.compress.reconstruction import RECONSTRUCTIONS
+
+MIN_LAMBDA = 1e-14
+BUDGETS = (*MEASURES, "latency")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The arguments of `prune` that say how; see there.
+
+    Raises:
+        ValueError: a value out of range, or a combination that has no meaning.
+    """
+
+    keep: float | None
+    widths: Mapping[str, int] | None
+    measure: str
+    allocation: str
+    selection: str
+    theta: float
+    reconstruction: str
+    lam: float
+    ridge: float
+    positions: int | None
+    round_to: int
+    distill_steps: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        for label, value, allowed in (
+            ("measure", self.measure, BUDGETS),
+            ("allocation", self.allocation, ALLOCATIONS),
+            ("selection", self.selection, SELECTIONS),
+            ("reconstruction", self.reconstruction, RECONSTRUCTIONS),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{label}={value!r}: expected one of {allowed}")
+        by_lambda = self.keep is None and self.widths is None and self.allocation in ("dof", "theory")
+        given = by_lambda + (self.keep is not None) + (self.widths is not None)
+        if given != 1 or (self.keep is not None and self.allocation == "theory"):
+            raise ValueError(
+                f"keep={self.keep}, widths={self.widths}, allocation={self.allocation!r}: give keep, or widths, or "
+                "neither of them with allocation='dof' or 'theory', which then take the widths from lam"
+            )
+        if self.keep is not None and not 0.0 < self.keep <= 1.0:
+            raise ValueError(f"keep={self.keep}: expected the fraction to keep, above 0 and at most 1 (0.3 keeps 30 %)")
+        if not 0.0 <= self.theta <= 1.0:
+            raise ValueError(f"theta={self.theta}: expected a number between 0 and 1")
+        if not MIN_LAMBDA <= self.lam < 1e6:
+            raise ValueError(
+                f"lam={self.lam}: expected a positive number, lambda relative to the trace of the covariance, of at "
+                f"least {MIN_LAMBDA:g} (the size of rounding)"
+            )
+        if not 0.0 <= self.ridge < 1e6:
+            raise ValueError(
+                f"ridge={self.ridge}: expected a number that is not negative, relative to the mean eigenvalue"
+            )
+        if self.positions is not None and self.positions < 1:
+            raise ValueError(f"positions={self.positions}: expected at least 1, or None for all")
+        if not isinstance(self.round_to, int | np.integer) or self.round_to < 1:
+            raise ValueError(f"round_to={self.round_to}: expected a whole number of at least 1 (8 suits accelerators)")
+        if not isinstance(self.distill_steps, int | np.integer) or self.distill_steps < 0:
+            raise ValueError(f"distill_steps={self.distill_steps}: expected a number of steps, 0 for none")
