@@ -1,8 +1,9 @@
 """Time the exact greedy selection against LAPACK's pivoted Cholesky factorisation on the same matrices.
 
 Both pick m/2 of m nodes.  dpstrf factors one matrix and cannot stop half-way, so it pivots over all m; the greedy rule
-stops at m/2 but updates two matrices, and for theta < 1 forms a third product before.  For a like-for-like figure, the
-table also shows the greedy rule for all m.  The seconds are those of the processor, summed over threads.  Repeats are interleaved, so that a busy machine slows both; the medians are reported.
+stops at m/2 but updates two matrices, and for theta < 1 has more products to form before.  For a like-for-like figure,
+the table also shows the greedy rule for all m.  The seconds are those of the processor, summed over threads.  Repeats
+are interleaved, so that a busy machine slows both; the medians are reported.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def main() -> None:
     print(
         format_table(
             rows,
-            title="median seconds; output: theta = 0, input: theta = 1; ratio = greedy / dpstrf; spread = (max - min) / median",
+            title="median seconds; output: theta = 0, input: theta = 1; ratio to dpstrf; spread = (max - min) / median",
         )
     )
     print("growth exponents: " + ", ".join(f"{name} {value:.2f}" for name, value in exponents.items()))

@@ -62,6 +62,7 @@ GROUPS = {
 }
 DISTILL_STEPS = 300
 _BATCH = 250
+_MEASURE_BATCH = 50  # small batches stay in the cache
 _TUNE_BATCH = 128
 _TUNE_RATE = {"mlp": 0.01}  # 0.02 for the convolutional networks
 _COLUMNS = ("task", "keep", "method", "seeds", "accuracy", "drop", "ours_minus", "half_width", "flops", "seconds")
@@ -102,7 +103,7 @@ def make_case(
         inputs, targets = dataset.train_inputs[TRAIN_IMAGES:], dataset.train_targets[TRAIN_IMAGES:]
     else:
         inputs, targets = dataset.test_inputs, dataset.test_targets
-    images = list(zip(inputs[:limit].split(_BATCH), targets[:limit].split(_BATCH), strict=True))
+    images = list(zip(inputs[:limit].split(_MEASURE_BATCH), targets[:limit].split(_MEASURE_BATCH), strict=True))
     with torch.no_grad():
         logits = [model(part) for part, _ in images]
     structure = find_groups(model, CalibrationData(batches))
@@ -112,14 +113,21 @@ def make_case(
 @torch.no_grad()
 def measure(model: nn.Module, case: Case) -> tuple[float, float]:
     """Return the accuracy, and the mean KL divergence (nats) of the outputs from the full network's."""
+    work = copy.deepcopy(model).eval().to(memory_format=torch.channels_last)  # faster on CPUs
     right, divergence, count = 0, 0.0, 0
     for (inputs, targets), logits in zip(case.images, case.logits, strict=True):
-        outputs = model(inputs)
+        outputs = work(inputs)
         right += int((outputs.argmax(1) == targets).sum())
         old, new = logits.double().log_softmax(1), outputs.double().log_softmax(1)
         divergence += float((old.exp() * (old - new)).sum())
         count += len(targets)
     return right / count, divergence / count
+
+
+def full_accuracy(case: Case) -> float:
+    """Return the accuracy of the full network on the same images."""
+    right = sum(int((kept.argmax(1) == y).sum()) for (_, y), kept in zip(case.images, case.logits, strict=True))
+    return right / sum(len(targets) for _, targets in case.images)
 
 
 def prune_with(method: str, case: Case, keep: float, distill_steps: int, own: dict[str, Any]) -> nn.Module:
@@ -167,7 +175,6 @@ def fine_tune(model: nn.Module, dataset: Dataset, count: int, rate: float, seed:
 
 def run_one(method: str, case: Case, keep: float, options: argparse.Namespace, dataset: Dataset) -> dict[str, Any]:
     """Return the record of one run."""
-    full_accuracy, _ = measure(case.model, case)
     start = time.perf_counter(), time.process_time()
     own = json.loads(options.own.read_text()) if options.own.exists() else {}
     small = prune_with(method, case, keep, DISTILL_STEPS if options.part == "distill" else 0, own)
@@ -176,7 +183,7 @@ def run_one(method: str, case: Case, keep: float, options: argparse.Namespace, d
     renormed = reestimate_norms(small, case.calibration)
     accuracy_norms, divergence_norms = measure(renormed, case)
     record: dict[str, Any] = {
-        "full_accuracy": full_accuracy,
+        "full_accuracy": full_accuracy(case),
         "accuracy": accuracy,
         "accuracy_norms": accuracy_norms,
         "kl": divergence,

@@ -19,11 +19,11 @@ def chains(draw):
     full = {name: draw(st.integers(2, 60)) for name in "abc"}
     fixed = draw(st.integers(0, 5))
     terms = (
-        CostTerm(2.0 * 10 * full["a"], None, "a"),
-        CostTerm(2.0 * full["a"] * full["b"], "a", "b"),
-        CostTerm(2.0 * full["b"] * full["c"], "b", "c"),
-        CostTerm(2.0 * full["c"] * 3, "c", None),
-        CostTerm(float(fixed), None, None),
+        CostTerm(2.0 * 10 * full["a"], (), (("a", 1.0),)),
+        CostTerm(2.0 * full["a"] * full["b"], (("a", 1.0),), (("b", 1.0),)),
+        CostTerm(2.0 * full["b"] * full["c"], (("b", 1.0),), (("c", 1.0),)),
+        CostTerm(2.0 * full["c"] * 3, (("c", 1.0),), ()),
+        CostTerm(float(fixed), (), ()),
     )
     return CostModel(full, terms)
 
@@ -133,7 +133,7 @@ def test_a_budget_met_to_the_last_bit_is_met(cost, data):
 
 
 def test_keeping_everything():
-    cost = CostModel({"a": 7}, (CostTerm(7.0, None, "a"),))
+    cost = CostModel({"a": 7}, (CostTerm(7.0, (), (("a", 1.0),)),))
     spectra = {"a": np.array([1.0, 0, 0, 0, 0, 0, 0])}
     assert uniform_allocation(cost, 1.0, {"a": 1.0}, 1e-6).widths == {"a": 7}
     assert dof_allocation(cost, 1.0, spectra).widths == {"a": 7}
@@ -141,7 +141,7 @@ def test_keeping_everything():
 
 
 def test_impossible_budgets_say_what_is_possible():
-    cost = CostModel({"a": 10}, (CostTerm(5.0, None, "a"), CostTerm(5.0, None, None)))
+    cost = CostModel({"a": 10}, (CostTerm(5.0, (), (("a", 1.0),)), CostTerm(5.0, (), ())))
     for allocate in (
         lambda: uniform_allocation(cost, 0.5, {}, 1e-6),
         lambda: dof_allocation(cost, 0.5, {"a": np.ones(10)}),

@@ -11,10 +11,11 @@ from helpers import assert_unchanged, randomise, snapshot, tensor
 from torch import nn
 from torch.nn import functional
 
-from specprune.compress.attention import AttentionCalls, HeadAttention, head_groups, replace_attention
+from specprune.compress.attention import HeadAttention, replace_attention
 from specprune.compress.batches import CalibrationData
 from specprune.compress.coupling import coupled_groups
 from specprune.compress.groups import agreement_error
+from specprune.compress.heads import AttentionCalls, head_groups
 from specprune.compress.surgery import mask_nodes, remove_nodes
 from specprune.compress.tracing import small_batch, trace
 

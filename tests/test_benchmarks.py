@@ -1,4 +1,3 @@
-import itertools
 import json
 import sys
 from argparse import Namespace
@@ -164,16 +163,14 @@ def test_contribution_form_is_the_inner_product_of_what_units_add():
     assert np.allclose(peers.contribution_form(weight, rows.T @ rows / len(rows), columns), wanted)
 
 
-def test_each_removed_unit_is_the_best_one_by_brute_force():
-    basis = np.random.default_rng(0).standard_normal((30, 7)) + 0.5
-    form = basis.T @ basis
-    removed = list(peers.least_contributions(form, 5))
-    for count in range(5):
-        rest = [unit for unit in range(7) if unit not in removed[:count]]
+@pytest.mark.parametrize("seed", range(6))
+def test_each_removed_unit_is_the_best_one_by_brute_force(seed):
+    basis = np.random.default_rng(seed).standard_normal((8, 9))
+    removed = list(peers.least_contributions(basis.T @ basis, 7))
+    for count in range(7):
+        rest = [unit for unit in range(9) if unit not in removed[:count]]
         costs = [np.square(basis[:, [*removed[:count], unit]].sum(1)).sum() for unit in rest]
         assert removed[count] == rest[int(np.argmin(costs))]
-    best = min(itertools.combinations(range(7), 1), key=lambda chosen: np.square(basis[:, chosen].sum(1)).sum())
-    assert removed[0] == best[0]
 
 
 def test_unit_factors_solve_the_least_squares():
@@ -184,7 +181,7 @@ def test_unit_factors_solve_the_least_squares():
 
 
 @pytest.mark.parametrize("centred", [False, True])
-def test_thinet_beats_no_scaling_on_its_own_objective(digits, centred):
+def test_thinet_meets_the_budget_and_keeps_the_model(digits, centred):
     model, data, example, structure = digits
     before = snapshot(model)
     small = peers.thinet_rival(model, example, data, 0.5, structure=structure, centred=centred)
@@ -336,7 +333,7 @@ def test_finished_runs_are_skipped(tmp_path, monkeypatch, digits):
     found = pruning_quality.read_records(options.results)
     assert [run["method"] for run in found] == ["thinet", "thinet:centred"]
     assert found[0]["flops"] <= 0.5
-    assert found[0]["full_accuracy"] == pruning_quality.measure(model, case)[0]
+    assert found[0]["full_accuracy"] == pruning_quality.measure(model, case)[0] == pruning_quality.full_accuracy(case)
     assert found[0]["kl"] > 0
 
 

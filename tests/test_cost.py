@@ -71,10 +71,10 @@ def test_the_model_of_cost_is_exact_at_every_width(name, seed):
     make, batch = NETWORKS[name]
     model = make()
     data = CalibrationData([batch])
-    groups = find_groups(model, data)
+    groups = find_groups(model, data).groups
     generator = np.random.default_rng(seed)
     keep = {g.name: generator.permutation(g.width)[: generator.integers(1, g.width + 1)] for g in groups}
-    small = remove_nodes(model, data, groups, keep)
+    small = remove_nodes(model, groups, keep)
     widths = {group: len(nodes) for group, nodes in keep.items()}
     truth = {
         "flops": (counted(model, batch), counted(small, batch)),
@@ -98,14 +98,21 @@ def test_flops_of_one_sample_do_not_depend_on_the_batch():
 def test_terms_grow_with_both_ends():
     cost = CostModel(
         {"a": 10, "b": 4},
-        (CostTerm(8.0, "a", "b"), CostTerm(2.0, None, "a"), CostTerm(3.0, "b", None), CostTerm(1.0, None, None)),
+        (
+            CostTerm(8.0, (("a", 1.0),), (("b", 1.0),)),
+            CostTerm(2.0, (), (("a", 1.0),)),
+            CostTerm(3.0, (("b", 1.0),), ()),
+            CostTerm(16.0, (("a", 0.25), ("b", 0.5)), (("a", 1.0),)),  # a concatenation: a quarter is not pruned
+            CostTerm(1.0),
+        ),
     )
-    assert cost.total() == 14
-    assert cost.total({"a": 5, "b": 1}) == 8 * 0.5 * 0.25 + 2 * 0.5 + 3 * 0.25 + 1
+    assert cost.total() == 30
+    concatenated = 16 * (1 - 0.25 * 0.5 - 0.5 * 0.75) * 0.5
+    assert cost.total({"a": 5, "b": 1}) == 8 * 0.5 * 0.25 + 2 * 0.5 + 3 * 0.25 + concatenated + 1
 
 
 def test_unknown_measures_are_refused():
     data = CalibrationData([FLAT])
     model = small_mlp()
     with pytest.raises(ValueError, match=r"measure='time': expected one of \('flops', 'params', 'nodes'\)"):
-        cost_model(model, data, find_groups(model, data), "time")
+        cost_model(model, data, find_groups(model, data).groups, "time")

@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from specprune.bounds.degrees_of_freedom import leverage_scores
-from specprune.compress import CalibrationData, collect_moments, count_flops, find_groups, prune
-from specprune.compress.groups import remove_nodes
+from specprune.compress import CalibrationData, collect_moments, count_flops, find_groups, prune, remove_nodes
+from specprune.compress.choice import SELECTIONS
 from specprune.compress.reconstruction import RECONSTRUCTIONS
-from specprune.compress.selection import RULES
-from specprune.compress.spectral import node_statistics
+from specprune.compress.statistics import node_statistics
 from specprune.testbed import Recipe, evaluate, load_dataset, train
 
 FLAT, IMAGES = [tensor(30, 8), tensor(10, 8, seed=1)], [tensor(20, 2, 8, 8)]
+RULES = tuple(rule for rule in SELECTIONS if rule != "scores")  # those that need nothing from the caller
 NETWORKS = {"mlp": (small_mlp, FLAT), "convnet": (small_convnet, IMAGES)}
 
 
@@ -115,7 +115,7 @@ def dense_values(model, group, data, nodes, lam_relative, norm):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("selection", sorted(RULES))
+@pytest.mark.parametrize("selection", RULES)
 def test_the_report_says_what_is_so(name, selection):
     make, data = NETWORKS[name]
     model = make().double().eval()
@@ -208,7 +208,7 @@ def test_budgets_hold_for_the_real_network(name, measure, allocation, keep):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("selection", sorted(RULES))
+@pytest.mark.parametrize("selection", RULES)
 @pytest.mark.parametrize("reconstruction", RECONSTRUCTIONS)
 def test_every_rule_goes_with_every_reconstruction(name, selection, reconstruction):
     make, data = NETWORKS[name]
@@ -221,7 +221,7 @@ def test_every_rule_goes_with_every_reconstruction(name, selection, reconstructi
     if reconstruction == "none":
         groups = pruned.groups
         kept = {group: nodes.indices for group, nodes in pruned.nodes.items()}
-        cut = remove_nodes(model, CalibrationData(data), groups, kept)
+        cut = remove_nodes(model, groups, kept)
         state = pruned.model.state_dict()
         assert all(torch.equal(value, state[key]) for key, value in cut.state_dict().items())
 
@@ -243,7 +243,7 @@ def test_other_precisions(name, dtype):
     assert pruned(data[0].to(dtype)).dtype == dtype
 
 
-@pytest.mark.parametrize("selection", sorted(RULES))
+@pytest.mark.parametrize("selection", RULES)
 def test_a_seed_decides_everything(selection):
     def weights(seed):
         pruned = prune(small_convnet(), IMAGES, 0.5, selection=selection, positions=3, seed=seed)
@@ -284,9 +284,9 @@ def test_the_output_loss_is_measured_behind_the_batch_norm():
     with torch.no_grad():
         model.norm2.weight[1:] = 1e-6  # only one output of conv2 matters, so only what it reads counts
     data = CalibrationData(IMAGES)
-    group = find_groups(model, data)[0]
+    group = find_groups(model, data).groups[0]
     moments = collect_moments(model, data, ["conv2"])
-    found = node_statistics(model, moments, group, "norm2").consumer_gram
+    found = node_statistics(model, moments, group, {"conv2": "norm2"}).consumer_gram
     gain = float(model.norm2.weight[0].detach() / torch.sqrt(model.norm2.running_var[0] + model.norm2.eps))
     own = model.conv2.weight[0].detach().double().flatten(1).numpy() * gain
     np.testing.assert_allclose(found, own @ own.T, atol=1e-9)

@@ -19,6 +19,7 @@ from specprune.compress.batches import CalibrationData, batch_size
 from specprune.compress.groups import find_groups
 from specprune.compress.layers import input_width
 from specprune.compress.surgery import RECURRENT, Group
+from specprune.compress.tracing import small_batch
 
 MEASURES = ("flops", "params", "nodes")
 Shares = tuple[tuple[str, float], ...]
@@ -151,13 +152,16 @@ class _Call(nn.Module):
         return self.data.call(self.model, batch)
 
 
-@torch.no_grad()
 def module_flops(model: nn.Module, data: CalibrationData) -> dict[str, int]:
     """Return the FLOPs of one sample by the module that does them; the empty name is what no submodule does."""
     call = _Call(copy.deepcopy(model).eval(), data)
-    batch = data.first()
+    batch = small_batch(data.first())
     counter = FlopCounterMode(display=False)
-    with counter:
+    recurrent: dict[str, int] = {}
+    for name, module in call.model.named_modules():
+        if isinstance(module, RECURRENT):
+            module.register_forward_pre_hook(_recurrent_counter(name, recurrent))
+    with counter, torch.enable_grad():  # without gradients transformers take a path that the counter does not see
         call(batch)
     counts = {path: sum(by_operation.values()) for path, by_operation in counter.get_flop_counts().items()}
     names = {f"_Call.model.{name}": name for name, _ in call.model.named_modules() if name}
@@ -167,7 +171,19 @@ def module_flops(model: nn.Module, data: CalibrationData) -> dict[str, int]:
         if parent and own[parent]:
             own[parent] -= counts.get(path, 0)
     own[""] = counter.get_total_flops() - sum(own.values())
+    own.update(recurrent)
     return {name: flops // batch_size(batch) for name, flops in own.items() if flops}
+
+
+def _recurrent_counter(name: str, into: dict[str, int]) -> Any:
+    """Return a hook that counts a recurrent layer's matrix products, which its fused kernels hide from the counter."""
+
+    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], torch.Tensor):
+            weights = sum(parameter.numel() for parameter in module.parameters() if parameter.dim() > 1)
+            into[name] = into.get(name, 0) + 2 * weights * (args[0].numel() // args[0].shape[-1])
+
+    return before
 
 
 def count_flops(model: nn.Module, data: CalibrationData) -> int:

@@ -18,6 +18,7 @@ import torch_pruning
 from torch import nn
 
 from specprune.compress.batches import CalibrationData
+from specprune.compress.heads import AttentionCalls
 from specprune.compress.layers import is_depthwise, is_refittable
 from specprune.compress.surgery import CARRIERS, Group, Skipped, Slice
 from specprune.compress.tracing import Trace
@@ -74,13 +75,17 @@ def coupled_groups(
 
 
 def _dependency_graph(work: nn.Module, data: CalibrationData, batch: Any) -> torch_pruning.DependencyGraph:
+    def forward(model: nn.Module, example: Any) -> Any:
+        with AttentionCalls():  # what is inside attention has no nodes to prune, and costs the tracer minutes
+            return data.call(model, example)
+
     # Torch-Pruning's defaults are shared mutable objects, so every dictionary and list is passed anew.
     with torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch_pruning.DependencyGraph().build_dependency(
             work,
             example_inputs=batch,
-            forward_fn=lambda model, example: data.call(model, example),
+            forward_fn=forward,
             unwrapped_parameters=[],
             customized_pruners={},
             ignored_layers=[],

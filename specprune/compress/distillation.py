@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ def _endless(data: CalibrationData, generator: torch.Generator) -> Iterator[Any]
             count = batch_size(batch)
             order = torch.randperm(count, generator=generator)
             for part in order.split(BATCH):
-                yield map_tensors(batch, lambda t, part=part, count=count: _rows(t, part, count))
+                yield map_tensors(batch, partial(_rows, part=part, count=count))
 
 
 def _rows(tensor: Tensor, part: Tensor, count: int) -> Tensor:

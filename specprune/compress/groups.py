@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,12 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from specprune.compress.attention import head_groups, replace_attention
+from specprune.compress.attention import replace_attention
 from specprune.compress.batches import CalibrationData
 from specprune.compress.coupling import coupled_groups
+from specprune.compress.heads import head_groups
 from specprune.compress.recurrent_groups import recurrent_groups
 from specprune.compress.surgery import Group, Skipped, mask_nodes, prepare, remove_nodes
-from specprune.compress.tracing import map_tensors, small_batch, trace
+from specprune.compress.tracing import Trace, map_tensors, small_batch, trace
+
+logger = logging.getLogger(__name__)
 
 SELF_CHECK_FACTOR = 4.0  # times the square root of the rounding unit; sums reorder when a layer shrinks
 
@@ -59,15 +63,12 @@ def find_groups(model: nn.Module, data: CalibrationData) -> Structure:
         TypeError: the model returns something else than one tensor.
     """
     batch = small_batch(data.first(model))
-    work = replace_attention(model).eval()
-    seen = trace(work, data, batch)
+    work, seen = _replaced(model, data, batch)
     heads, skipped = head_groups(work, data, batch, seen, lambda group: _removal_fault(work, data, batch, [group]))
-    if not heads:  # then nn.MultiheadAttention stays as it is
-        work = copy.deepcopy(model).eval()
-        seen = trace(work, data, batch)
     hidden, whole = recurrent_groups(work, data, batch, seen, lambda group: _removal_fault(work, data, batch, [group]))
     skipped += whole
     taken = {entry.module for group in (*heads, *hidden) for entry in group.producers}
+    taken |= {entry.name for entry in skipped}  # whose reason is told already
     coupled, whole = coupled_groups(work, data, batch, seen, taken)
     checked, failed = _self_check(work, data, batch, [*heads, *hidden, *coupled])
     skipped += [*whole, *failed]
@@ -78,6 +79,19 @@ def find_groups(model: nn.Module, data: CalibrationData) -> Structure:
         )
     ordered = sorted(checked, key=lambda group: seen.order.index(group.consumer))
     return Structure(tuple(ordered), tuple(skipped), tuple(seen.order), seen.direct)
+
+
+def _replaced(model: nn.Module, data: CalibrationData, batch: Any) -> tuple[nn.Module, Trace]:
+    """Return a copy in evaluation mode whose attention can lose heads, if it runs, and what was seen of it."""
+    plain = copy.deepcopy(model).eval()
+    work = replace_attention(model).eval()
+    try:
+        seen = trace(work, data, batch)
+        if agreement_error(work, plain, data, batch) <= 1:
+            return work, seen
+    except (AttributeError, RuntimeError):  # the network reads what was replaced
+        logger.debug("the network does not run with replaced attention", exc_info=True)
+    return plain, trace(plain, data, batch)
 
 
 @torch.no_grad()

@@ -29,13 +29,15 @@ def is_layer(module: nn.Module) -> bool:
 
 def is_depthwise(module: nn.Module) -> bool:
     """Return whether the module is a convolution that treats every channel by itself, one output a channel."""
-    return type(module) in _CONVOLUTIONS and 1 < module.groups == module.in_channels == module.out_channels
+    if not isinstance(module, _CONVOLUTIONS) or type(module) not in _CONVOLUTIONS:
+        return False
+    return 1 < module.groups == module.in_channels == module.out_channels
 
 
 def is_refittable(module: nn.Module) -> bool:
     """Return whether a consumer of this kind can be refitted: Linear, a convolution, a transposed one with groups=1."""
-    if type(module) in _TRANSPOSED:
-        return module.groups == 1
+    if isinstance(module, _TRANSPOSED):
+        return type(module) in _TRANSPOSED and module.groups == 1
     return type(module) is nn.Linear or (type(module) in _CONVOLUTIONS and not is_depthwise(module))
 
 
@@ -135,7 +137,7 @@ def output_size(layer: Convolution | Transposed, inputs: Tensor) -> tuple[int, .
         length = inputs.shape[2 + axis]
         if isinstance(layer, _TRANSPOSED):
             bare = (length - 1) * layer.stride[axis] + extent
-            sizes.append(bare - 2 * layer.padding[axis] + layer.output_padding[axis])
+            sizes.append(bare - 2 * int(layer.padding[axis]) + layer.output_padding[axis])
         else:
             before, after = _paddings(layer)[axis]
             sizes.append((length + before + after - extent) // layer.stride[axis] + 1)
@@ -216,6 +218,6 @@ def _spread(layer: Transposed, inputs: Tensor) -> tuple[Tensor, tuple[int, ...]]
     spread[(slice(None), slice(None), *(slice(None, None, layer.stride[axis]) for axis in range(spatial)))] = inputs
     pad: list[int] = []
     for axis in reversed(range(spatial)):
-        before = layer.dilation[axis] * (layer.kernel_size[axis] - 1) - layer.padding[axis]
+        before = layer.dilation[axis] * (layer.kernel_size[axis] - 1) - int(layer.padding[axis])
         pad += [before, before + layer.output_padding[axis]]
     return functional.pad(spread, pad), (1,) * spatial

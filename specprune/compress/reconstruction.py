@@ -100,7 +100,7 @@ def norm_gain(model: nn.Module, name: str) -> Tensor:
     """Return what a batch norm in evaluation mode multiplies each node with, gamma / sqrt(var + eps), in float64."""
     norm = model.get_submodule(name)
     scale = (norm.get_buffer("running_var").to(torch.float64) + float(norm.eps)).rsqrt()  # type: ignore[arg-type]
-    return scale if norm.weight is None else scale * norm.weight.detach().to(torch.float64)  # type: ignore[union-attr, operator]
+    return scale if norm.weight is None else scale * norm.weight.detach().to(torch.float64)  # type: ignore[operator]
 
 
 def problem_from_moments(model: nn.Module, name: str, moments: LayerMoments, *, intercept: bool) -> Problem:
@@ -154,6 +154,8 @@ def collect_problems(
     Raises:
         ValueError: NaN or Inf in a layer's inputs; the layer is named.
     """
+    if not names:
+        return {}
     own_norms = {name: norms[name] for name in names if name in norms}
     closing = [name for name in names if name in closers]
     generator = torch.Generator().manual_seed(seed)

@@ -61,7 +61,7 @@ def prune(
 ) -> Pruned:
     """Return a smaller network that computes nearly the same as the given one, from unlabelled data.
 
-    In each group (nodes that must go together: the outputs of a layer, channels along shortcuts, attention heads, hidden
+    In each group (nodes that must go together: outputs of a layer, channels along shortcuts, attention heads, hidden
     nodes of a recurrent layer) a set J of units is kept, the others are removed, and the layers that read them are
     refitted on what is left.  What cannot be pruned stays whole, with the reason in the report.
 

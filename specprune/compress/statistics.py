@@ -84,7 +84,7 @@ def _unit_covariance(moment: np.ndarray, index: np.ndarray) -> np.ndarray:
 def _consumer_gram(model: nn.Module, entry: Slice, norm: str | None) -> np.ndarray:
     module = model.get_submodule(entry.module)
     if isinstance(module, RECURRENT):
-        weight = module.weight_ih_l0.detach().to(torch.float64)
+        weight = module.get_parameter("weight_ih_l0").detach().to(torch.float64)
         parts = [weight[:, torch.as_tensor(entry.index)].transpose(1, 2).reshape(-1, len(entry.index))]
     else:
         layer = get_layer(model, entry.module)

@@ -19,6 +19,7 @@ from specprune.compress.layers import get_layer, is_depthwise, kernel_columns
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 CARRIERS = (*NORMS, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.PReLU)
 RECURRENT = (nn.RNN, nn.GRU, nn.LSTM)
+CUTTABLE = (nn.Linear, nn.modules.conv._ConvNd, *CARRIERS, *RECURRENT)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -129,11 +130,13 @@ def prepare(model: nn.Module, groups: Sequence[Group]) -> nn.Module:
     The fused projections of `nn.MultiheadAttention` cannot lose heads; where heads are units, it is replaced by
     `HeadAttention`, which computes the same.
     """
-    if any(group.kind == "heads" for group in groups):
-        from specprune.compress.attention import replace_attention
+    modules = dict(model.named_modules())
+    named = {part.module for group in groups for part in (*group.producers, *group.carriers, *group.consumers)}
+    if all(isinstance(modules.get(name), CUTTABLE) for name in named):
+        return copy.deepcopy(model)
+    from specprune.compress.attention import replace_attention
 
-        return replace_attention(model)
-    return copy.deepcopy(model)
+    return replace_attention(model)
 
 
 def remove_nodes(
@@ -189,7 +192,7 @@ def zero_inputs(module: nn.Module, entries: np.ndarray) -> None:
     """Set to zero, in place, the weights of some input features or channels of a layer."""
     index = torch.as_tensor(entries)
     if isinstance(module, RECURRENT):
-        module.weight_ih_l0[:, index] = 0
+        module.get_parameter("weight_ih_l0")[:, index] = 0
     elif isinstance(module, _TRANSPOSED):
         module.weight[index] = 0
     elif isinstance(module, nn.Linear) or getattr(module, "groups", 1) == 1:
