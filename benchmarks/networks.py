@@ -16,7 +16,14 @@ from torch.nn import functional
 
 from specprune.testbed import load_dataset
 from specprune.testbed.networks import build_network
-from specprune.testbed.training import Recipe, TrainedNetwork, default_recipe, evaluate, load_checkpoint, save_checkpoint
+from specprune.testbed.training import (
+    Recipe,
+    TrainedNetwork,
+    default_recipe,
+    evaluate,
+    load_checkpoint,
+    save_checkpoint,
+)
 
 TRAIN_IMAGES = 50_000
 TUNING_SEEDS = (0, 11)

@@ -20,7 +20,7 @@ import os
 import platform
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,7 @@ class Case:
         structure: the groups of the network.
         images: what the accuracy is measured on, with labels.
         logits: the full network's outputs on them.
+        swept: networks that one sweep over the budgets has given already.
     """
 
     task: str
@@ -91,6 +92,7 @@ class Case:
     structure: Structure
     images: list[tuple[Tensor, Tensor]]
     logits: list[Tensor]
+    swept: dict[Any, nn.Module] = field(default_factory=dict)
 
 
 def make_case(
@@ -130,7 +132,9 @@ def full_accuracy(case: Case) -> float:
     return right / sum(len(targets) for _, targets in case.images)
 
 
-def prune_with(method: str, case: Case, keep: float, distill_steps: int, own: dict[str, Any]) -> nn.Module:
+def prune_with(
+    method: str, case: Case, keep: float, keeps: list[float], distill_steps: int, own: dict[str, Any]
+) -> nn.Module:
     """Return the network pruned by a method at a fraction of its FLOPs."""
     kind, *rest = method.split(":")
     common = {"structure": case.structure, "seed": case.seed}
@@ -142,19 +146,28 @@ def prune_with(method: str, case: Case, keep: float, distill_steps: int, own: di
 
     import specprune  # here, so that the rivals run without it
 
-    unlabelled = [inputs for inputs, _ in case.calibration]
-    options: dict[str, Any] = {"seed": case.seed, "distill_steps": distill_steps}
     if kind == "ours":
-        return specprune.prune(case.model, unlabelled, keep, allocation=rest[0], **options).model
-    if kind != "refit":
+        selection, allocation = "backward", rest[0]
+    elif kind == "refit":
+        selection, allocation = "scores", rest[1]
+    else:
         raise ValueError(f"method {method!r}: expected ours, refit, tp or thinet before the colon")
-    rule, allocation = rest
     if allocation == "own":
-        allocation = own[case.task][f"{keep:g}"][rule]
-    given = scores(case.model, rule, case.calibration, case.structure, case.seed)
-    return specprune.prune(
-        case.model, unlabelled, keep, selection="scores", scores=given, allocation=allocation, **options
-    ).model
+        allocation = own[case.task][f"{keep:g}"][rest[0]]
+    key = (kind, rest[0] if kind == "refit" else "", allocation, distill_steps)
+    if (key, keep) not in case.swept:  # all budgets at once: the network is measured once
+        fast = copy.deepcopy(case.model).to(memory_format=torch.channels_last)  # faster on CPUs
+        unlabelled = [
+            inputs.contiguous(memory_format=torch.channels_last) if inputs.dim() == 4 else inputs
+            for inputs, _ in case.calibration
+        ]
+        options: dict[str, Any] = {"seed": case.seed, "distill_steps": distill_steps}
+        if kind == "refit":
+            options["scores"] = scores(case.model, rest[0], case.calibration, case.structure, case.seed)
+        found = specprune.prune_sweep(fast, unlabelled, keeps, selection=selection, allocation=allocation, **options)
+        for one, pruned in zip(keeps, found, strict=True):
+            case.swept[key, one] = pruned.model.to(memory_format=torch.contiguous_format)
+    return case.swept[key, keep]
 
 
 def fine_tune(model: nn.Module, dataset: Dataset, count: int, rate: float, seed: int) -> nn.Module:
@@ -177,11 +190,14 @@ def run_one(method: str, case: Case, keep: float, options: argparse.Namespace, d
     """Return the record of one run."""
     start = time.perf_counter(), time.process_time()
     own = json.loads(options.own.read_text()) if options.own.exists() else {}
-    small = prune_with(method, case, keep, DISTILL_STEPS if options.part == "distill" else 0, own)
+    keeps = [float(one) for one in options.keeps.split(",")]
+    small = prune_with(method, case, keep, keeps, DISTILL_STEPS if options.part == "distill" else 0, own)
     seconds, cpu = time.perf_counter() - start[0], time.process_time() - start[1]
     accuracy, divergence = measure(small, case)
-    renormed = reestimate_norms(small, case.calibration)
-    accuracy_norms, divergence_norms = measure(renormed, case)
+    # A refit has aimed at the original pre-activations already; re-estimating the norms after it only loses.
+    refitted = method.startswith(("ours", "refit"))
+    renormed = small if refitted else reestimate_norms(small, case.calibration)
+    accuracy_norms, divergence_norms = (accuracy, divergence) if refitted else measure(renormed, case)
     record: dict[str, Any] = {
         "full_accuracy": full_accuracy(case),
         "accuracy": accuracy,

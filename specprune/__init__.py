@@ -8,7 +8,7 @@ print(specprune.tradeoff(model, train, test))          # bias, variance, bounds 
 from importlib.metadata import PackageNotFoundError, version
 
 from specprune.analysis import bound_table, layer_spectra, tradeoff
-from specprune.compress import collect_moments, load_pruned, prune, save_pruned
+from specprune.compress import collect_moments, load_pruned, prune, prune_sweep, save_pruned
 
 try:
     __version__ = version("specprune")
@@ -22,6 +22,7 @@ __all__ = [
     "layer_spectra",
     "load_pruned",
     "prune",
+    "prune_sweep",
     "save_pruned",
     "tradeoff",
 ]

@@ -166,19 +166,30 @@ def test_which_convolutions_are_shifted():
     assert not is_shiftable(nn.Conv3d(8, 1, 2), torch.zeros(1, 8, 5, 5, 5))
 
 
-def test_products_under_autocast_and_reduced_precision():
-    before = torch.get_float32_matmul_precision()
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("how", ["function", "backend"])
+def test_products_under_autocast_and_reduced_precision(how, autocast):
     rows = torch.rand(500, 40)
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [backend.fp32_precision for backend in backends]
     try:
-        torch.set_float32_matmul_precision("medium")
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        if how == "function":
+            torch.set_float32_matmul_precision("medium")
+        else:
+            backends[0].fp32_precision, backends[1].fp32_precision = "tf32", "bf16"
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             sums = GramSum(40, CPU)
             sums.add(rows)
             with full_precision(CPU):
-                assert torch.get_float32_matmul_precision() == "highest"
+                assert [backend.fp32_precision for backend in backends] == ["ieee", "ieee"]
                 assert (rows @ rows.T).dtype == torch.float32
-            assert (rows @ rows.T).dtype == torch.bfloat16
-        assert torch.get_float32_matmul_precision() == "medium"
+            assert (rows @ rows.T).dtype == (torch.bfloat16 if autocast else torch.float32)
+        assert [backend.fp32_precision for backend in backends] == ["tf32", "bf16"]
+        if how == "function":
+            assert torch.get_float32_matmul_precision() == "medium"
     finally:
-        torch.set_float32_matmul_precision(before)
+        if how == "function":
+            torch.set_float32_matmul_precision("highest")
+        for backend, setting in zip(backends, before, strict=True):
+            backend.fp32_precision = setting
     assert relative_error(sums.finish(), rows) < 5e-7

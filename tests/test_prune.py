@@ -36,7 +36,7 @@ def trained(digits):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("allocation", ["uniform", "dof"])
+@pytest.mark.parametrize("allocation", ["calibrated", "sensitivity", "uniform", "dof"])
 @pytest.mark.parametrize("reconstruction", RECONSTRUCTIONS)
 def test_keeping_everything_changes_nothing(name, allocation, reconstruction):
     make, data = NETWORKS[name]
@@ -188,7 +188,7 @@ def test_reports_can_be_read_and_stored():
 @given(
     name=st.sampled_from(sorted(NETWORKS)),
     measure=st.sampled_from(["flops", "params", "nodes"]),
-    allocation=st.sampled_from(["uniform", "dof"]),
+    allocation=st.sampled_from(["calibrated", "sensitivity", "uniform", "dof"]),
     keep=st.floats(0.35, 1.0),
 )
 def test_budgets_hold_for_the_real_network(name, measure, allocation, keep):
@@ -245,14 +245,16 @@ def test_other_precisions(name, dtype):
 
 @pytest.mark.parametrize("selection", RULES)
 def test_a_seed_decides_everything(selection):
-    def weights(seed):
-        pruned = prune(small_convnet(), IMAGES, 0.5, selection=selection, positions=3, seed=seed)
+    def weights(seed, positions):
+        options = {"selection": selection, "positions": positions, "seed": seed}
+        pruned = prune(small_convnet(), IMAGES, 0.5, **options)
         return {group: nodes.indices.tolist() for group, nodes in pruned.nodes.items()}, pruned.model.state_dict()
 
-    (nodes, first), (again, second) = weights(5), weights(5)
+    (nodes, first), (again, second) = weights(5, 3), weights(5, 3)
     assert nodes == again
     assert all(torch.equal(first[key], second[key]) for key in first)
-    others = [weights(seed)[0] for seed in range(4)]
+    others = [weights(seed, None)[0] for seed in range(3)]  # no positions are drawn: only the rule can be random
+    nodes = others.pop()
     assert any(other != nodes for other in others) == (selection in ("leverage", "random"))
 
 
@@ -349,7 +351,7 @@ def accuracy(model, digits):
     return 1 - evaluate(model, digits.test_batches())[0]
 
 
-@pytest.mark.parametrize("allocation", ["uniform", "dof"])
+@pytest.mark.parametrize("allocation", ["calibrated", "uniform", "dof"])
 def test_three_tenths_of_the_flops_are_nearly_enough(trained, digits, allocation):
     base = accuracy(trained, digits)
     assert base > 0.9
@@ -401,9 +403,41 @@ def test_dof_widths_at_a_given_lambda(trained, digits):
         assert row.width_after == math.ceil(row.dof) < row.width_before
 
 
+def test_widths_are_multiples_where_they_are_cut():
+    model = small_mlp((8, 24, 23, 3))
+    for allocation in ("calibrated", "uniform", "dof"):
+        pruned = prune(model, FLAT, 0.5, allocation=allocation, round_to=4)
+        widths = [(row.width_after, row.width_before) for row in pruned.report.groups]
+        assert all(after % 4 == 0 or after == before for after, before in widths), allocation
+        assert any(after < before for after, before in widths)
+        assert pruned.report.flops_after <= 0.5 * pruned.report.flops_before
+
+
+def test_the_callers_scores_decide():
+    generator = np.random.default_rng(0)
+    scores = {"fc1": generator.permutation(12).astype(float), "fc2": generator.permutation(9).astype(float)}
+    pruned = prune(small_mlp(), FLAT, widths={"fc1": 5, "fc2": 4}, selection="scores", scores=scores)
+    for name, width in (("fc1", 5), ("fc2", 4)):
+        assert pruned.nodes[name].indices.tolist() == sorted(np.argsort(scores[name])[-width:].tolist())
+
+
+def test_what_is_left_whole_is_reported():
+    model = small_mlp()
+    model.fc3.bias.requires_grad_(False)
+    pruned = prune(model, FLAT, 0.7)
+    (skipped,) = pruned.report.skipped
+    assert skipped.name == "fc2"
+    assert "'fc3.bias' is frozen" in skipped.reason
+    assert f"left whole: fc2: {skipped.reason}" in str(pruned.report)
+    assert [row.group for row in pruned.report.groups] == ["fc1"]
+    assert len(pruned.model.fc2.weight) == 9
+    assert torch.equal(pruned.model.fc3.bias, model.fc3.bias)
+
+
 def test_small_choices_report_larger_losses():
     losses = [
-        prune(small_mlp(), FLAT, widths={"fc1": width}, theta=1.0).report.groups[0].input_loss for width in (2, 5, 9)
+        prune(small_mlp(), FLAT, widths={"fc1": width}, selection="greedy", theta=1.0).report.groups[0].input_loss
+        for width in (2, 5, 9)
     ]
     assert losses == sorted(losses, reverse=True)
 

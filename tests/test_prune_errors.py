@@ -34,6 +34,20 @@ FLAT, IMAGES = [tensor(30, 8), tensor(10, 8, seed=1)], [tensor(20, 2, 8, 8)]
         ({"keep": 0.5, "ridge": -1e-9}, "ridge=-1e-09: expected a number that is not negative"),
         ({"keep": 0.5, "ridge": float("nan")}, "ridge=nan: expected a number that is not negative"),
         ({"keep": 0.5, "positions": 0}, "positions=0: expected at least 1"),
+        ({"keep": 0.5, "round_to": 0}, "round_to=0: expected a whole number"),
+        ({"keep": 0.5, "round_to": 2.5}, r"round_to=2\.5: expected a whole number"),
+        ({"keep": 0.1, "round_to": 9}, r"keep=0\.1: with the smallest widths the network still costs"),
+        ({"keep": 0.5, "distill_steps": -1}, "distill_steps=-1: expected a number of steps"),
+        ({"keep": 0.5, "selection": "scores"}, "selection='scores' needs scores="),
+        ({"keep": 0.5, "selection": "scores", "scores": {"fc1": [1.0]}}, r"scores\['fc1'\] has shape \(1,\)"),
+        (
+            {"keep": 0.5, "selection": "scores", "scores": {"fc1": range(12)}},
+            r"scores\['fc2'\] has shape \(0,\): expected \(9,\) finite numbers; the groups are \['fc1', 'fc2'\]",
+        ),
+        (
+            {"keep": 0.5, "selection": "scores", "scores": {"fc1": [float("nan")] * 12, "fc2": range(9)}},
+            r"scores\['fc1'\] has shape \(12,\): expected \(12,\) finite numbers",
+        ),
         ({"widths": {"fc9": 3}}, r"widths=\{'fc9': 3\}: the groups and their full widths are"),
         ({"widths": {"fc1": 13}}, r"widths=\{'fc1': 13\}: the groups and their full widths are"),
         ({"widths": {"fc1": 0}}, r"widths=\{'fc1': 0\}: the groups and their full widths are"),
@@ -81,10 +95,10 @@ NAN[25, 3] = float("nan")
         (changed(nan_weight), FLAT, ValueError, r"the model's 'fc2\.weight' has 1 NaN or Inf"),
         (changed(dead_nodes), FLAT, ValueError, r"the nodes of \['fc1'\] are zero on all calibration data"),
         (
-            changed(lambda m: m.fc1.weight.requires_grad_(False)),
+            changed(lambda m: m.fc2.weight.requires_grad_(False)),
             FLAT,
             ValueError,
-            r"the parameters \['fc1\.weight'\] are frozen",
+            r"(?s)nothing can be pruned in Sequential.*fc1: 'fc2\.weight' is frozen.*fc2: 'fc2\.weight' is frozen",
         ),
     ],
     ids=[

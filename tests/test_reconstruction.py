@@ -11,8 +11,16 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from specprune.compress import CalibrationData, LayerMoments, find_groups, prune, remove_nodes
-from specprune.compress.reconstruction import fold_node_mix, least_squares, refit_consumer
+from specprune.compress import CalibrationData, collect_moments, find_groups, prune
+from specprune.compress.reconstruction import (
+    collect_problems,
+    fold_node_mix,
+    fold_nodes,
+    least_squares,
+    problem_from_moments,
+    refit,
+)
+from specprune.compress.targets import Targets
 
 REFITS = ("sequential", "patch", "channel")
 
@@ -43,16 +51,24 @@ def regression(rows, columns, targets, seed):
     generator = np.random.default_rng(seed)
     inputs = generator.standard_normal((rows, columns)) @ generator.standard_normal((columns, columns)) + 2
     outputs = inputs @ generator.standard_normal((columns, targets)) + generator.standard_normal((rows, targets)) - 1
-    return inputs, outputs, LayerMoments.of(torch.as_tensor(np.hstack([inputs, outputs])))
+    return inputs, outputs, torch.as_tensor(np.hstack([inputs, outputs]))
+
+
+def solved(rows, columns, *, ridge, intercept):
+    """Weights and shift of the regression of the last columns on the first, from moments."""
+    mean = rows.mean(0) if intercept else torch.zeros(rows.shape[1], dtype=rows.dtype)
+    joint = (rows - mean).T @ (rows - mean) / len(rows)
+    weights = least_squares(joint[:columns, :columns], joint[:columns, columns:], ridge)
+    return weights.numpy(), (mean[columns:] - weights @ mean[:columns]).numpy()
 
 
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 1000), columns=st.integers(1, 6), intercept=st.booleans())
 def test_least_squares_without_a_ridge(seed, columns, intercept):
-    inputs, outputs, moments = regression(40, columns, 3, seed)
+    inputs, outputs, rows = regression(40, columns, 3, seed)
     design = np.hstack([inputs, np.ones((40, 1))]) if intercept else inputs
     expected = np.linalg.lstsq(design, outputs, rcond=None)[0]
-    weights, shift = least_squares(moments, columns, ridge=0.0, intercept=intercept)
+    weights, shift = solved(rows, columns, ridge=0.0, intercept=intercept)
     scale = max(1.0, np.linalg.cond(design) ** 2 * 1e-4)
     np.testing.assert_allclose(weights, expected[:columns].T, atol=1e-9 * scale)
     np.testing.assert_allclose(shift, expected[columns] if intercept else np.zeros(3), atol=1e-9 * scale)
@@ -61,14 +77,14 @@ def test_least_squares_without_a_ridge(seed, columns, intercept):
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 1000), columns=st.integers(1, 6), intercept=st.booleans(), exponent=st.integers(-4, 1))
 def test_least_squares_with_a_ridge(seed, columns, intercept, exponent):
-    inputs, outputs, moments = regression(40, columns, 3, seed)
+    inputs, outputs, rows = regression(40, columns, 3, seed)
     mean_in, mean_out = (inputs.mean(0), outputs.mean(0)) if intercept else (np.zeros(columns), np.zeros(3))
     x, y = inputs - mean_in, outputs - mean_out  # the intercept is not penalised
     ridge = 10.0**exponent
     damping = ridge * np.trace(x.T @ x / 40) / columns
     design = np.vstack([x, np.sqrt(40 * damping) * np.eye(columns)])
     expected = np.linalg.lstsq(design, np.vstack([y, np.zeros((columns, 3))]), rcond=None)[0].T
-    weights, shift = least_squares(moments, columns, ridge=ridge, intercept=intercept)
+    weights, shift = solved(rows, columns, ridge=ridge, intercept=intercept)
     np.testing.assert_allclose(weights, expected, atol=1e-8)
     np.testing.assert_allclose(shift, mean_out - expected @ mean_in, atol=1e-7)
 
@@ -82,8 +98,8 @@ def test_collinear_inputs_without_a_ridge_stay_tame(intercept, noise, seed):
     dead = seed % 2
     doubled = np.hstack([inputs, inputs[:, :2], np.zeros((60, dead))])
     doubled[:, 4:6] += noise * np.random.default_rng(seed).standard_normal((60, 2))
-    moments = LayerMoments.of(torch.as_tensor(np.hstack([doubled, outputs])))
-    weights, shift = least_squares(moments, 6 + dead, ridge=0.0, intercept=intercept)
+    rows = torch.as_tensor(np.hstack([doubled, outputs]))
+    weights, shift = solved(rows, 6 + dead, ridge=0.0, intercept=intercept)
     design = np.hstack([inputs, np.ones((60, 1))]) if intercept else inputs
     best = np.linalg.lstsq(design, outputs, rcond=None)[0]
     error, least = outputs - doubled @ weights.T - shift, outputs - design @ best
@@ -93,9 +109,9 @@ def test_collinear_inputs_without_a_ridge_stay_tame(intercept, noise, seed):
 
 
 def test_inputs_that_are_all_zero():
-    moments = LayerMoments.of(torch.hstack([torch.zeros(5, 2), torch.full((5, 1), 3.0)]))
+    rows = torch.hstack([torch.zeros(5, 2), torch.full((5, 1), 3.0)]).double()
     for ridge in (0.0, 1e-3):
-        weights, shift = least_squares(moments, 2, ridge=ridge, intercept=True)
+        weights, shift = solved(rows, 2, ridge=ridge, intercept=True)
         assert not weights.any()
         assert shift == pytest.approx([3.0])
 
@@ -146,12 +162,13 @@ DOUBLED = {
 @pytest.mark.parametrize("name", DOUBLED)
 @pytest.mark.parametrize("reconstruction", REFITS)
 @pytest.mark.parametrize("positions", [None, 5])
-def test_copies_of_nodes_are_removed_without_loss(name, reconstruction, positions):
+@pytest.mark.parametrize("selection", ["greedy", "backward"])
+def test_copies_of_nodes_are_removed_without_loss(name, reconstruction, positions, selection):
     make, shape, widths = DOUBLED[name]
     model = make()
     data = [tensor(80, *shape, seed=3, dtype=torch.float64)]
     fresh = tensor(50, *shape, seed=4, dtype=torch.float64)
-    options = {"lam": 1e-12, "ridge": 0.0, "theta": 1.0, "positions": positions}
+    options = {"lam": 1e-12, "ridge": 0.0, "theta": 1.0, "positions": positions, "selection": selection}
     pruned = prune(model, data, widths=widths, reconstruction=reconstruction, **options)
     assert {group: len(nodes.indices) for group, nodes in pruned.nodes.items()} == widths
     with torch.no_grad():
@@ -159,7 +176,8 @@ def test_copies_of_nodes_are_removed_without_loss(name, reconstruction, position
         error = (pruned.model(fresh) - expected).abs().max() / expected.abs().max()
         cut = prune(model, data, widths=widths, reconstruction="none", **options)
         loss = (cut.model(fresh) - expected).abs().max() / expected.abs().max()
-    assert error < 1e-6
+    # Backward elimination may take a node that is all but dead on the calibration data before it takes a copy.
+    assert error < (1e-6 if selection == "greedy" else 1e-5)
     assert loss > 1e-2
 
 
@@ -272,25 +290,123 @@ def test_an_intercept_is_not_put_behind_a_nonlinearity():
     np.testing.assert_allclose(pruned[2].weight.detach().flatten(1).numpy(), solution, atol=1e-8)
 
 
+def problem_of(model, work, data, name="fc2", **options):
+    options = {"positions": None, "seed": 0, "norms": {}, "closers": (), **options}
+    data = CalibrationData(data)
+    return collect_problems(Targets(model, data, [name], **options), work, data, [name])[name]
+
+
 def test_bad_numbers_are_named_while_refitting():
-    model = small_mlp().double()
-    data = CalibrationData([DATA[0]])
-    groups = find_groups(model, data)
-    keep = {"fc1": np.arange(5), "fc2": np.arange(9)}
-    small = remove_nodes(model, data, groups, keep)
+    model = small_mlp().double().eval()
+    work = copy.deepcopy(model)
     with torch.no_grad():
-        small.fc1.weight[0, 0] = float("nan")
+        work.fc1.weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match="NaN or Inf in the inputs of layer 'fc2' while refitting"):
-        refit_consumer(
-            copy.deepcopy(model).eval(),
-            small.eval(),
-            data,
-            groups[0],
-            keep["fc1"],
-            None,
-            None,
-            sequential=True,
-            ridge=0.0,
-            positions=None,
-            seed=0,
-        )
+        problem_of(model, work, DATA)
+
+
+LAYERS = {
+    "linear": (nn.Sequential(nn.Tanh(), nn.Linear(8, 5)), (8,)),
+    "no bias": (nn.Sequential(nn.Tanh(), nn.Linear(8, 5, bias=False)), (8,)),
+    "grouped": (nn.Sequential(nn.Tanh(), nn.Conv2d(6, 4, 3, groups=2)), (6, 5, 5)),
+    "transposed": (nn.Sequential(nn.Tanh(), nn.ConvTranspose2d(6, 4, 3, stride=2)), (6, 4, 4)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_problems_from_moments_are_those_of_the_original_network(name):
+    model, shape = LAYERS[name]
+    model = randomise(copy.deepcopy(model)).double().eval()
+    data = [tensor(20, *shape, seed=1, dtype=torch.float64) + 0.5]
+    rows = collect_moments(model, CalibrationData(data), ["1"], level="patch")["1"]
+    one = problem_of(model, model, data, "1")
+    two = problem_from_moments(model, "1", rows, intercept=model[1].bias is not None)
+    assert one.intercept == two.intercept == (model[1].bias is not None)
+    torch.testing.assert_close(one.mean, two.mean, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(one.gram, two.gram, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(one.cross, two.cross, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(one.energy, two.energy, rtol=1e-9, atol=1e-11)
+    work = copy.deepcopy(model)
+    with torch.no_grad():
+        work[1].weight.zero_()
+    refit(work, two, np.arange(shape[0]), None, 0.0, model)  # on everything: the layer comes back
+    with torch.no_grad():
+        torch.testing.assert_close(work(data[0]), model(data[0]), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_refitting_solves_the_normal_equations_of_the_real_outputs(name):
+    """The residual of the layer's outputs, computed by the layer itself, falls with no change of the kept weights."""
+    model, shape = LAYERS[name]
+    model = randomise(copy.deepcopy(model)).double().eval()
+    data = [tensor(30, *shape, seed=1, dtype=torch.float64) + 0.5]
+    work = copy.deepcopy(model)
+    kept = np.array([0, 2, 3, 5])
+    refit(work, problem_of(model, work, data, "1"), kept, None, 0.0, model)
+    layer = work[1]
+    inputs, wanted = model[0](data[0]), model(data[0]).detach()
+    gone = np.setdiff1d(np.arange(shape[0]), kept)
+    blank = inputs.clone()
+    blank[:, gone] = 0
+    assert torch.allclose(layer(blank), layer(inputs))  # dropped inputs are not read
+    (layer(blank) - wanted).square().sum().backward()
+    scale = float(wanted.square().sum())
+    sparse = layer.weight.grad.clone()
+    if name == "linear" or name == "no bias":
+        sparse[:, gone] = 0
+    elif name == "grouped":  # blocks read inputs 0..2 and 3..5
+        sparse[:2, [1]] = 0
+        sparse[2:, [1]] = 0
+    else:
+        sparse[gone] = 0
+    assert float(sparse.abs().max()) < 1e-8 * scale
+    if layer.bias is not None:
+        assert float(layer.bias.grad.abs().max()) < 1e-8 * scale
+
+
+def test_a_shortcut_moves_the_target():
+    """Where the outputs are added to a shortcut, the sum is refitted, not the branch alone."""
+
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.mid, self.branch = nn.Linear(8, 6), nn.Linear(6, 10), nn.Linear(10, 6)
+            self.head = nn.Linear(6, 3)
+
+        def forward(self, x):
+            x = self.stem(x)
+            return self.head(x + self.branch(torch.tanh(self.mid(x))))
+
+    model = randomise(Residual()).double().eval()
+    work = copy.deepcopy(model)
+    with torch.no_grad():
+        work.stem.weight += 0.1 * tensor(6, 8, dtype=torch.float64)
+    problem = problem_of(model, work, DATA, "branch", closers=["branch"])
+    refit(work, problem, np.arange(4), None, 0.0, model)
+    with torch.no_grad():
+        stem = work.stem(DATA[0])
+        hidden = torch.tanh(work.mid(stem))[:, :4].numpy()
+        old = model.stem(DATA[0])
+        target = (old + model.branch(torch.tanh(model.mid(old))) - stem).numpy()
+    solution = np.linalg.lstsq(np.hstack([hidden, np.ones((150, 1))]), target, rcond=None)[0]
+    np.testing.assert_allclose(work.branch.weight.detach()[:, :4].numpy(), solution[:4].T, atol=1e-8)
+    np.testing.assert_allclose(work.branch.bias.detach().numpy(), solution[4], atol=1e-8)
+    assert not work.branch.weight[:, 4:].any()
+
+
+@pytest.mark.parametrize("name", ["mlp", "convnet"])
+def test_folding_nodes_is_multiplying_by_the_mix(name):
+    make, shape, _ = DOUBLED[name]
+    model = make()
+    data = CalibrationData([tensor(6, *shape, dtype=torch.float64)])
+    for group in find_groups(model, data).groups:
+        work = copy.deepcopy(model)
+        kept = np.array([0, 2, 4])
+        mix = np.random.default_rng(0).standard_normal((group.width, 3))
+        fold_nodes(model, work, group, group.consumer, kept, mix)
+        before, after = model.get_submodule(group.consumer).weight, work.get_submodule(group.consumer).weight
+        spread = np.zeros((group.width, group.width))
+        spread[:, kept] = mix
+        split = before.reshape(len(before), group.width, -1)
+        expected = torch.einsum("okp,kj->ojp", split, torch.as_tensor(spread)).reshape(before.shape)
+        torch.testing.assert_close(after, expected, rtol=1e-12, atol=1e-12)

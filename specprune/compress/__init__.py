@@ -7,7 +7,7 @@ from specprune.compress.groups import Structure, find_groups
 from specprune.compress.moments import LayerMoments, Moments, collect_moments
 from specprune.compress.report import GroupReport, Pruned, PruneReport
 from specprune.compress.selection import NodeStatistics, greedy_nodes, information_losses, select_nodes
-from specprune.compress.spectral import prune
+from specprune.compress.spectral import prune, prune_sweep
 from specprune.compress.surgery import Group, Skipped, Slice, remove_nodes
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "information_losses",
     "load_pruned",
     "prune",
+    "prune_sweep",
     "remove_nodes",
     "save_pruned",
     "select_nodes",

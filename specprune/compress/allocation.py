@@ -144,6 +144,8 @@ def loss_allocation(
     Raises:
         ValueError: even the smallest widths cost more than the budget.
     """
+    if keep >= 1.0:
+        return Allocation(dict(cost.full), dict(lams))
     budget = keep * cost.total() * (1 + _ROUNDING)
     grids = {
         name: sorted({_multiple(k, full, (multiples or {}).get(name, 1)) for k in _grid(full)})

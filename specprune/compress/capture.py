@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from specprune.compress.batches import CalibrationData, StopForward
+from specprune.compress.tracing import map_tensors
 
 _SUMS = ("add", "add_", "__add__", "__iadd__", "__radd__")
 
@@ -34,15 +35,19 @@ class _SumWatch(TorchFunctionMode):
 
     def __init__(self, done: Any) -> None:
         super().__init__()
-        self.marks: dict[int, tuple[Tensor, Seen]] = {}
+        self.marks: dict[int, tuple[Tensor, int, Seen]] = {}
         self.done = done
+
+    def mark(self, tensor: Tensor, entry: Seen) -> None:
+        self.marks[id(tensor)] = (tensor, tensor._version, entry)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") in _SUMS and len(args) == 2 and not kwargs:
             for one, other in (args, args[::-1]):
                 if isinstance(one, Tensor) and isinstance(other, Tensor) and id(one) in self.marks:
-                    entry = self.marks.pop(id(one))[1]
-                    if one.shape == other.shape and entry.shortcut is None:
+                    _, version, entry = self.marks.pop(id(one))
+                    changed = one._version != version  # by an activation in place, say
+                    if one.shape == other.shape and entry.shortcut is None and not changed:
                         entry.shortcut = other.clone()
             self.done()
         return func(*args, **(kwargs or {}))
@@ -79,16 +84,18 @@ def capture(
     watch = _SumWatch(done)
 
     def after(name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            found[name] = Seen(args[0], output)
-            watch.marks[id(output)] = (output, found[name])
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            # Copies, because what follows may work in place.
+            found[name] = Seen(map_tensors(args[0], Tensor.clone), map_tensors(output, Tensor.clone))
+            if isinstance(output, Tensor):
+                watch.mark(output, found[name])
             done()
 
         return hook
 
     def after_norm(name: str) -> Any:
         def hook(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
-            watch.marks[id(output)] = (output, found[name])
+            watch.mark(output, found[name])
 
         return hook
 

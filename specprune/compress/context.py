@@ -24,6 +24,7 @@ from specprune.compress.selection import NodeStatistics
 from specprune.compress.settings import Settings
 from specprune.compress.statistics import contribution_gram, kept_inputs, node_statistics, producer_norms
 from specprune.compress.surgery import Group, mask_nodes
+from specprune.compress.targets import Targets
 from specprune.compress.tracing import small_batch
 
 _THOROUGH_SAMPLES = 750
@@ -42,7 +43,7 @@ class Context:
         consumers: the consumers that can be refitted, in the order in which they run.
         steps: the modules at which something is settled or refitted, in the order in which they run: the consumers, and
             recurrent layers that read or hold a group.
-        closers: those among them whose outputs are added to a shortcut.
+        targets: what the consumers gave originally.
         problems: consumer to its least squares problem on original inputs; empty where nothing asks for them.
         states: recurrent layer that holds a group to the moments of its hidden states.
         scores: group name to the caller's scores of its units.
@@ -57,7 +58,7 @@ class Context:
     statistics: dict[str, NodeStatistics]
     consumers: tuple[str, ...]
     steps: tuple[str, ...]
-    closers: tuple[str, ...]
+    targets: Targets
     problems: dict[str, Problem]
     states: dict[str, LayerMoments]
     scores: Mapping[str, np.ndarray] | None
@@ -124,7 +125,15 @@ def make_context(
         statistics=statistics,
         consumers=consumers,
         steps=tuple(name for name in structure.order if name in {*readers, *hidden}),
-        closers=tuple(name for name in consumers if seen[name].shortcut is not None),
+        targets=Targets(
+            original,
+            data,
+            consumers,
+            structure.direct,
+            [name for name in consumers if seen[name].shortcut is not None],
+            positions=settings.positions,
+            seed=settings.seed,
+        ),
         problems=_original_problems(original, data, structure, settings, consumers),
         states=states,
         scores=scores,

@@ -71,6 +71,10 @@ def coupled_groups(
             if group is not None:
                 groups.append(group)
         settled |= members
+    for name in trace.order:  # parametrized layers are of a type of their own
+        module = work.get_submodule(name)
+        if name in trace.blocked and isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and name not in roots:
+            skipped.append(Skipped(name, trace.blocked[name]))
     return groups, skipped
 
 
@@ -124,7 +128,7 @@ def _read_group(
         reads = graph.is_in_channel_pruning_fn(item.dep.handler)
         if isinstance(target, CARRIERS):
             if getattr(target, "running_mean", True) is None and not isinstance(
-                target, nn.modules.instancenorm._NormBase
+                target, nn.modules.instancenorm._InstanceNorm
             ):
                 reasons.append(f"{label} normalises each batch by itself (track_running_stats=False)")
             into = carriers
@@ -140,7 +144,7 @@ def _read_group(
             continue
         into.setdefault(label, []).extend(zip(item.root_idxs, item.idxs, strict=True))
     members.update(producers)
-    if not consumers:
+    if not consumers and (is_output or not reasons):
         return None
     reasons += [trace.blocked[label] for label in (*producers, *carriers, *consumers) if label in trace.blocked]
     if is_output:

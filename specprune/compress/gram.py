@@ -191,13 +191,30 @@ def is_shiftable(layer: Layer, inputs: Tensor) -> TypeGuard[Convolution]:
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Form float32 products as such: no autocast and no TF32 inside; the settings are put back afterwards."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
+    with _no_tf32(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+@contextlib.contextmanager
+def _no_tf32() -> Iterator[None]:
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # before torch 2.9
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
             yield
+        finally:
+            torch.set_float32_matmul_precision(precision)
+        return
+    # the older functions refuse to work once the caller has set one of these
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for backend, setting in zip(backends, before, strict=True):
+            backend.fp32_precision = setting
 
 
 def _widen(tensor: Tensor) -> Tensor:

@@ -78,13 +78,21 @@ def find_groups(model: nn.Module, data: CalibrationData) -> Structure:
             f"nothing can be pruned in {type(model).__name__} (layers that ran: {seen.order or 'none'}):\n  {listed}"
         )
     ordered = sorted(checked, key=lambda group: seen.order.index(group.consumer))
-    return Structure(tuple(ordered), tuple(skipped), tuple(seen.order), seen.direct)
+    direct = {
+        name: norm
+        for name, norm in seen.direct.items()
+        if getattr(work.get_submodule(norm), "running_var", None) is not None  # else it has no gain of its own
+    }
+    return Structure(tuple(ordered), tuple(skipped), tuple(seen.order), direct)
 
 
 def _replaced(model: nn.Module, data: CalibrationData, batch: Any) -> tuple[nn.Module, Trace]:
     """Return a copy in evaluation mode whose attention can lose heads, if it runs, and what was seen of it."""
-    plain = copy.deepcopy(model).eval()
-    work = replace_attention(model).eval()
+    try:
+        plain = copy.deepcopy(model).eval()
+        work = replace_attention(model).eval()
+    except RuntimeError as error:  # tensors that are computed, as those of the old weight_norm
+        raise ValueError(f"{type(model).__name__} cannot be copied: {error}") from error
     try:
         seen = trace(work, data, batch)
         if agreement_error(work, plain, data, batch) <= 1:

@@ -27,8 +27,12 @@ from specprune.compress.surgery import Group, remove_nodes
 _SAMPLES = 500  # on which divergences are measured
 
 
-def make_plan(context: Context) -> Allocation:
+def make_plan(context: Context, curves: Mapping[str, np.ndarray]) -> Allocation:
     """Return the width and lambda of every group.
+
+    Args:
+        context: of the run.
+        curves: from `predicted_curves`.
 
     Raises:
         ValueError: widths that do not fit the groups, or a budget that cannot be met.
@@ -36,7 +40,6 @@ def make_plan(context: Context) -> Allocation:
     settings, groups = context.settings, context.structure.groups
     by_time = settings.measure == "latency"
     cost = cost_model(context.original, context.data, groups, "flops" if by_time else settings.measure)
-    curves = _curves(context)
     if not by_time or settings.keep is None:
         return _allocate(context, cost, settings.keep, curves)
 
@@ -74,11 +77,11 @@ def _allocate(context: Context, cost: CostModel, keep: float | None, curves: Map
     return lambda_allocation(cost.full, spectra, settings.lam, theory=settings.allocation == "theory")
 
 
-def _curves(context: Context) -> dict[str, np.ndarray]:
-    """Return each group's predicted divergence as a function of its width, where the allocation asks for it."""
+def predicted_curves(context: Context) -> dict[str, np.ndarray]:
+    """Return each group's (width + 1,) predicted divergence with k units kept, where the allocation asks for it."""
     settings, groups = context.settings, context.structure.groups
-    if settings.widths is not None or settings.allocation not in ("calibrated", "sensitivity") or settings.keep == 1.0:
-        return {group.name: np.zeros(group.width + 1) for group in groups}
+    if settings.widths is not None or settings.allocation not in ("calibrated", "sensitivity"):
+        return {}
     reference = Reference(context.original, context.data, _SAMPLES)
     paths, residuals = {}, {}
     for group in groups:

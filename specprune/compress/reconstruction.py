@@ -12,7 +12,7 @@ All of them act on a network of the old size in which the removed nodes' columns
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,12 +24,12 @@ from specprune.compress.batches import CalibrationData
 from specprune.compress.blocks import Item
 from specprune.compress.capture import capture
 from specprune.compress.distributed import reduce_moments
-from specprune.compress.layers import Layer, Positions, blocks, get_layer, patch_rows, set_weight_matrix, weight_matrix
+from specprune.compress.layers import Layer, blocks, get_layer, patch_rows, set_weight_matrix, weight_matrix
 from specprune.compress.moments import LayerMoments
 from specprune.compress.surgery import Group, input_columns
+from specprune.compress.targets import Targets, inverse_gain, norm_gain
 
 RECONSTRUCTIONS = ("sequential", "patch", "channel", "none")
-_DEAD_GAIN = 1e-6  # of the largest gain: a batch norm that mutes a node passes no correction
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,13 +96,6 @@ def least_squares(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
     return torch.as_tensor(weights, device=gram.device)
 
 
-def norm_gain(model: nn.Module, name: str) -> Tensor:
-    """Return what a batch norm in evaluation mode multiplies each node with, gamma / sqrt(var + eps), in float64."""
-    norm = model.get_submodule(name)
-    scale = (norm.get_buffer("running_var").to(torch.float64) + float(norm.eps)).rsqrt()  # type: ignore[arg-type]
-    return scale if norm.weight is None else scale * norm.weight.detach().to(torch.float64)  # type: ignore[operator]
-
-
 def problem_from_moments(model: nn.Module, name: str, moments: LayerMoments, *, intercept: bool) -> Problem:
     """Return a consumer's problem on its original inputs, where the targets are the layer's own outputs.
 
@@ -129,47 +122,33 @@ def problem_from_moments(model: nn.Module, name: str, moments: LayerMoments, *, 
 
 @torch.no_grad()
 def collect_problems(
-    original: nn.Module,
-    work: nn.Module,
-    data: CalibrationData,
-    names: Sequence[str],
-    norms: Mapping[str, str],
-    closers: Sequence[str],
-    *,
-    positions: int | None,
-    seed: int,
+    targets: Targets, work: nn.Module, data: CalibrationData, names: Sequence[str]
 ) -> dict[str, Problem]:
     """Return the problems of several consumers: inputs from the network as it is now, targets from the original one.
 
     Args:
-        original: the network before pruning, in evaluation mode.
+        targets: what the consumers gave in the original network.
         work: the network of the old size with zeroed columns, all earlier consumers already refitted.
         data: calibration data.
         names: the consumers.
-        norms: layer to the batch norm that reads it directly.
-        closers: layers whose outputs (or their batch norm's) are added to a shortcut.
-        positions: output positions drawn per image in a convolution; None takes all.
-        seed: of the positions.
 
     Raises:
         ValueError: NaN or Inf in a layer's inputs; the layer is named.
     """
     if not names:
         return {}
-    own_norms = {name: norms[name] for name in names if name in norms}
-    closing = [name for name in names if name in closers]
-    generator = torch.Generator().manual_seed(seed)
+    norms = {name: targets.norms[name] for name in names if name in targets.norms}
+    closing = [name for name in names if name in targets.closers]
     sums: dict[str, LayerMoments] = {}
     for batch in data.passes(work, f"refitting {', '.join(names)}"):
-        before = capture(original, names, data, batch, norms=own_norms, closers=closing)
-        now = capture(work, names, data, batch, norms=own_norms, closers=closing)
+        wanted = targets.of(batch, names)
+        now = capture(work, names, data, batch, norms=norms, closers=closing)
         for name in names:
             layer = get_layer(work, name)
-            drawn = Positions.draw(layer, now[name].inputs, positions, generator)
-            target = drawn.rows(layer, before[name].outputs)
-            old, new = before[name].shortcut, now[name].shortcut
-            if name in closing and old is not None and new is not None:
-                target = target + drawn.rows(layer, old - new) * _inverse_gain(work, own_norms.get(name), target)
+            drawn, target = wanted[name]
+            shortcut = now[name].shortcut
+            if name in closing and shortcut is not None:
+                target = target - drawn.rows(layer, shortcut) * inverse_gain(work, norms.get(name), target)
             rows = torch.cat([patch_rows(layer, now[name].inputs, drawn), target], 1)
             moments = LayerMoments.of(rows)
             sums[name] = sums[name] + moments if name in sums else moments
@@ -195,14 +174,6 @@ def _sizes(layer: Layer) -> tuple[int, int]:
     """Return the number of columns of the layer's `patch_rows` and of its outputs."""
     outputs, columns = blocks(layer)[-1]
     return columns.stop, outputs.stop
-
-
-def _inverse_gain(model: nn.Module, norm: str | None, like: Tensor) -> Tensor | float:
-    if norm is None:
-        return 1.0
-    gain = norm_gain(model, norm)
-    alive = gain.abs() > _DEAD_GAIN * gain.abs().max()
-    return torch.where(alive, 1.0 / torch.where(alive, gain, 1.0), 0.0).to(like.dtype)
 
 
 def selection_items(

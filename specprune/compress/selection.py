@@ -22,6 +22,7 @@ from specprune.bounds.degrees_of_freedom import eigenvalues, leverage_scores
 from specprune.bounds.nodes import WeightedNodes, residual_covariance
 
 BLOCK = 128
+_STRIP = 256  # columns of a triangle that are formed at a time
 _RANK_TOLERANCE = 1e-13
 
 
@@ -104,7 +105,7 @@ def greedy_nodes(
     Raises:
         ValueError: a size or theta out of range, or a negative tau.
     """
-    covariance = np.asarray(covariance, dtype=np.float64)
+    covariance = np.asarray(covariance, dtype=np.float64, order="C")
     m = len(covariance)
     if not 1 <= size <= m:
         raise ValueError(f"size={size}: there are {m} nodes, keep between 1 and {m}")
@@ -126,15 +127,23 @@ def greedy_nodes(
             return np.array(chosen)
         stay = np.setdiff1d(np.arange(len(active)), local)
         v, z = v.take(stay, 1), z.take(stay, 1)
-        residual, gains = (matrix.take(stay, 0).take(stay, 1) for matrix in (residual, gains))
+        residual, gains = _compact(residual, stay), _compact(gains, stay)
         # transposed, C order is the Fortran order of BLAS, which then updates in place: here the lower triangles
         blas.dsyrk(-1.0, v.T, beta=1.0, c=residual.T, overwrite_c=1)
         blas.dsyr2k(-1.0, z.T, v.T, beta=1.0, c=gains.T, overwrite_c=1)
         active = active[stay]
 
 
+def _compact(matrix: np.ndarray, stay: np.ndarray) -> np.ndarray:
+    """Return the lower triangle of the rows and columns `stay`, moved to the front of the matrix's own memory."""
+    flat, size = matrix.reshape(-1), len(stay)
+    for k, row in enumerate(stay):  # no row is overwritten before it is read, as stay[k] >= k
+        flat[k * size : k * size + k + 1] = matrix[row].take(stay[: k + 1])
+    return flat[: size * size].reshape(size, size)
+
+
 def _initial_gains(covariance: np.ndarray, consumer_gram: np.ndarray, theta: float) -> np.ndarray:
-    """Return Sigma M Sigma with M = theta / Tr Sigma I + (1 - theta) / Tr(Z Sigma Z^T) Z^T Z."""
+    """Return Sigma M Sigma, or its lower triangle, M = theta / Tr Sigma I + (1 - theta) / Tr(Z Sigma Z^T) Z^T Z."""
     input_total = float(np.trace(covariance))
     output_total = float(np.sum(covariance * consumer_gram))
     input_weight = theta / input_total if input_total > 0 else 0.0
@@ -147,8 +156,11 @@ def _initial_gains(covariance: np.ndarray, consumer_gram: np.ndarray, theta: flo
     if info == 0:  # L^T Sigma and its square take 2/3 of the work of two products
         half = blas.dtrmm(1.0, factor, np.asfortranarray(covariance), lower=1, trans_a=1)
         return half.T @ half
-    product = covariance @ metric @ covariance
-    return (product + product.T) / 2
+    right = metric @ covariance
+    gains = np.zeros_like(covariance)
+    for start in range(0, len(gains), _STRIP):
+        gains[start:, start : start + _STRIP] = covariance[start:] @ right[:, start : start + _STRIP]
+    return gains
 
 
 def _greedy_block(

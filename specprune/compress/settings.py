@@ -24,19 +24,19 @@ class Settings:
         ValueError: a value out of range, or a combination that has no meaning.
     """
 
-    keep: float | None
-    widths: Mapping[str, int] | None
-    measure: str
-    allocation: str
-    selection: str
-    theta: float
-    reconstruction: str
-    lam: float
-    ridge: float
-    positions: int | None
-    round_to: int
-    distill_steps: int
-    seed: int
+    keep: float | None = None
+    widths: Mapping[str, int] | None = None
+    measure: str = "flops"
+    allocation: str = "calibrated"
+    selection: str = "backward"
+    theta: float = 0.0
+    reconstruction: str = "sequential"
+    lam: float = 1e-6
+    ridge: float = 1e-6
+    positions: int | None = 32
+    round_to: int = 1
+    distill_steps: int = 0
+    seed: int = 0
 
     def __post_init__(self) -> None:
         for label, value, allowed in (

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from specprune.compress.distillation import distill
 from specprune.compress.groups import agreement_error, find_groups
 from specprune.compress.latency import Latency, measure_latency
 from specprune.compress.moments import Moments, check_finite_weights
-from specprune.compress.planning import make_plan
+from specprune.compress.planning import make_plan, predicted_curves
 from specprune.compress.reconstruction import Problem, collect_problems, fold_nodes, refit
 from specprune.compress.recurrent_refit import refit_recurrent, refit_recurrent_inputs
 from specprune.compress.report import GroupReport, Pruned, PruneReport
@@ -106,7 +106,6 @@ def prune(
         Suzuki et al. 2020, "Spectral Pruning", arXiv:1808.08558 (greedy selection, degrees of freedom, channel mix);
         backward elimination inside the sequential least squares, and the calibrated widths, are ours.
     """
-    start = time.perf_counter()
     settings = Settings(
         keep,
         None if widths is None else dict(widths),
@@ -122,21 +121,77 @@ def prune(
         distill_steps,
         seed,
     )
+    return _prune_to(model, batches, [keep], settings, moments, scores, forward, latency)[0]
+
+
+def prune_sweep(
+    model: nn.Module,
+    batches: Iterable[Any] | CalibrationData,
+    keeps: Sequence[float],
+    *,
+    moments: Moments | None = None,
+    scores: Mapping[str, np.ndarray] | None = None,
+    latency: bool = False,
+    forward: Forward | None = None,
+    **settings: Any,
+) -> list[Pruned]:
+    """Prune a network to several budgets, measuring it only once.
+
+    Every result is what `prune` gives for that budget alone.
+
+    Args:
+        model: as in `prune`.
+        batches: as in `prune`.
+        keeps: the fractions to keep.
+        moments: as in `prune`.
+        scores: as in `prune`.
+        latency: as in `prune`.
+        forward: as in `prune`.
+        **settings: the other arguments of `prune`, without `keep` and `widths`.
+
+    Raises:
+        ValueError: as in `prune`; or no budget is given.
+        TypeError: an argument that `prune` does not know.
+    """
+    if not keeps:
+        raise ValueError("keeps is empty: give at least one fraction to keep, for example [0.5, 0.3]")
+    checked = [Settings(keep=keep, **settings) for keep in keeps]
+    return _prune_to(model, batches, list(keeps), checked[0], moments, scores, forward, latency)
+
+
+def _prune_to(
+    model: nn.Module,
+    batches: Iterable[Any] | CalibrationData,
+    keeps: Sequence[float | None],
+    settings: Settings,
+    moments: Moments | None,
+    scores: Mapping[str, np.ndarray] | None,
+    forward: Forward | None,
+    latency: bool,
+) -> list[Pruned]:
+    start = time.perf_counter()
     check_finite_weights(model)
     data = batches if isinstance(batches, CalibrationData) else CalibrationData(batches, forward)
-    context = make_context(model, data, find_groups(model, data), settings, moments, scores)
-    plan = make_plan(context)
-    work, chosen, seconds = _prune_groups(context, plan)
-    small = _cut(context, work, chosen)
-    if distill_steps:
-        distill(small, context.original, data, distill_steps, seed)
-    check_finite_weights(small)
-    times = measure_latency(context.original, small, data) if latency else ()
-    report = _report(context, plan, chosen, small, times, seconds, start)
+    common = make_context(model, data, find_groups(model, data), settings, moments, scores)
+    curves = predicted_curves(common) if any(keep != 1.0 for keep in keeps) else {}
     modes = {name: module.training for name, module in model.named_modules()}
-    for name, module in small.named_modules():
-        module.training = modes.get(name, model.training)
-    return Pruned(small, report, context.structure.groups, chosen)
+    results = []
+    for keep in keeps:
+        generator = np.random.default_rng(settings.seed)
+        context = replace(common, settings=replace(settings, keep=keep), generator=generator)
+        plan = make_plan(context, curves)
+        work, chosen, seconds = _prune_groups(context, plan)
+        small = _cut(context, work, chosen)
+        if settings.distill_steps:
+            distill(small, context.original, data, settings.distill_steps, settings.seed)
+        check_finite_weights(small)
+        times = measure_latency(context.original, small, data) if latency else ()
+        report = _report(context, plan, chosen, small, times, seconds, time.perf_counter() - start)
+        for name, module in small.named_modules():
+            module.training = modes.get(name, model.training)
+        results.append(Pruned(small, report, context.structure.groups, chosen))
+        start = time.perf_counter()
+    return results
 
 
 def _prune_groups(context: Context, plan: Allocation) -> tuple[nn.Module, dict[str, WeightedNodes], dict[str, float]]:
@@ -151,7 +206,7 @@ def _prune_groups(context: Context, plan: Allocation) -> tuple[nn.Module, dict[s
     seconds = dict.fromkeys((group.name for group in groups), 0.0)
     sequential = settings.reconstruction == "sequential"
     changed = False
-    for index, name in enumerate(context.steps):
+    for name in context.steps:
         begin = time.perf_counter()
         readers = [group for group in groups if any(entry.module == name for entry in group.consumers)]
         new = [g for g in groups if g.name not in kept and (g in readers or (g.kind == "hidden" and g.name == name))]
@@ -160,16 +215,8 @@ def _prune_groups(context: Context, plan: Allocation) -> tuple[nn.Module, dict[s
         problems: dict[str, Problem] = context.problems
         if sequential and (stale or cut or any(len(kept[g.name]) < g.width for g in readers if g.name in kept)):
             wanted = {name, *(entry.module for group in cut for entry in group.consumers)}
-            problems = collect_problems(
-                original,
-                work,
-                context.data,
-                [one for one in context.consumers if one in wanted],
-                context.norms,
-                context.closers,
-                positions=settings.positions,
-                seed=settings.seed + index,
-            )
+            names = [one for one in context.consumers if one in wanted]
+            problems = collect_problems(context.targets, work, context.data, names)
         for group in new:
             chosen[group.name] = _choose(context, plan, group, problems, work, kept)
             kept[group.name] = chosen[group.name].indices
@@ -266,7 +313,7 @@ def _report(
     small: nn.Module,
     times: tuple[Latency, ...],
     seconds: Mapping[str, float],
-    start: float,
+    total_seconds: float,
 ) -> PruneReport:
     original = context.original
     flops = module_flops(original, context.data), module_flops(small, context.data)
@@ -294,7 +341,7 @@ def _report(
         count_params(small),
         times,
         context.samples,
-        time.perf_counter() - start,
+        total_seconds,
     )
 
 

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from specprune.compress.layers import blocks, get_layer, input_width, weight_matrix
 from specprune.compress.moments import LayerMoments, Moments
-from specprune.compress.reconstruction import Problem, norm_gain
+from specprune.compress.reconstruction import Problem
 from specprune.compress.selection import NodeStatistics
 from specprune.compress.surgery import RECURRENT, Group, Slice, input_columns
+from specprune.compress.targets import norm_gain
 
 
 def node_statistics(
