@@ -14,7 +14,6 @@ from specprune.compress.surgery import (
     Slice,
     dropped_units,
     input_columns,
-    layer_slices,
     mask_nodes,
     remove_nodes,
 )
@@ -177,11 +176,9 @@ def test_sizes_that_a_module_keeps_are_updated():
     assert small.heads == 2
 
 
-@pytest.mark.parametrize("kept", [[], [0, 0], [-1, 2], [6], [2.5, 1, 2]])
+@pytest.mark.parametrize("kept", [[], [0, 0], [-1, 2], [6]])
 def test_bad_units_are_refused(kept):
     model, group, _ = CASES["linear"]
-    if kept and isinstance(kept[0], float):
-        kept = [2, 2, 1]  # as they would be cut to whole numbers
     with pytest.raises(ValueError, match=r"group '0' has nodes 0\.\.5; got the nodes to keep"):
         remove_nodes(model, [group], {"0": kept})
     with pytest.raises(ValueError, match=r"group '0' has nodes 0\.\.5; got the nodes to keep"):
@@ -215,8 +212,5 @@ def test_gradient_flags_and_dtypes_stay():
 
 
 def test_columns_of_the_units():
-    model, group, _ = CASES["conv2d"]
-    ((entry, columns),) = layer_slices(model, group)
-    assert entry is group.consumers[0]
-    assert columns.tolist() == [[4 * k, 4 * k + 1, 4 * k + 2, 4 * k + 3] for k in range(WIDTH)]
+    model, _, _ = CASES["conv2d"]
     assert input_columns(model[3], np.array([2, 0])).tolist() == [8, 9, 10, 11, 0, 1, 2, 3]
