@@ -23,7 +23,7 @@ from specprune.compress.cost import count_flops
 from specprune.compress.groups import Structure
 from specprune.compress.layers import get_layer, set_weight_matrix, weight_matrix
 from specprune.compress.moments import collect_moments
-from specprune.compress.surgery import NORMS, Group, layer_slices, remove_nodes
+from specprune.compress.surgery import NORMS, Group, Slice, input_columns, remove_nodes
 
 Batches = Sequence[tuple[Tensor, Tensor]]
 TORCH_PRUNING_RULES = (
@@ -297,6 +297,14 @@ def _obdc(importance: Any, pruner: Any, model: nn.Module, data: Batches, chunk: 
     importance._rm_hooks(model)
     for module, fisher in importance.Fisher.items():
         importance.Fisher[module] = fisher[:, : module.weight[0].numel()]
+
+
+def layer_slices(model: nn.Module, group: Group) -> list[tuple[Slice, np.ndarray]]:
+    """Return each consumer of a group with the (units, columns) of its `patch_rows` that a unit occupies."""
+    return [
+        (entry, input_columns(get_layer(model, entry.module), entry.index).reshape(group.width, -1))
+        for entry in group.consumers
+    ]
 
 
 def thinet_rival(

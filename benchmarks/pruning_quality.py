@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from networks import REPORT_SEEDS, TASKS, TRAIN_IMAGES, TUNING_SEEDS, trained_network
+from networks import REPORT_SEEDS, TASKS, TUNING_SEEDS, train_images, trained_network
 from pairs import best_allocations, strongest, summary
 from peers import (
     LOCAL_ONLY,
@@ -96,13 +96,21 @@ class Case:
 
 
 def make_case(
-    folder: Path, dataset: Dataset, task: str, seed: int, calibration: int, tuning: bool, limit: int | None
+    folder: Path,
+    dataset: Dataset,
+    task: str,
+    seed: int,
+    calibration: int,
+    tuning: bool,
+    limit: int | None,
+    device: str = "cpu",
 ) -> Case:
-    model = trained_network(folder, task, seed).model.eval()
-    drawn = torch.randperm(TRAIN_IMAGES, generator=torch.Generator().manual_seed(seed))[:calibration]
+    model = trained_network(folder, task, seed, str(device)).model.eval().to(device)
+    dataset, held = dataset.to(device), train_images(dataset)
+    drawn = torch.randperm(held, generator=torch.Generator().manual_seed(seed))[:calibration]
     batches = [(dataset.train_inputs[part], dataset.train_targets[part]) for part in drawn.split(_BATCH)]
     if tuning:
-        inputs, targets = dataset.train_inputs[TRAIN_IMAGES:], dataset.train_targets[TRAIN_IMAGES:]
+        inputs, targets = dataset.train_inputs[held:], dataset.train_targets[held:]
     else:
         inputs, targets = dataset.test_inputs, dataset.test_targets
     images = list(zip(inputs[:limit].split(_MEASURE_BATCH), targets[:limit].split(_MEASURE_BATCH), strict=True))
@@ -173,12 +181,14 @@ def prune_with(
 def fine_tune(model: nn.Module, dataset: Dataset, count: int, rate: float, seed: int) -> nn.Module:
     """Return the network after one epoch of SGD with labels on `count` training images."""
     work = copy.deepcopy(model).train()
-    order = torch.randperm(TRAIN_IMAGES, generator=torch.Generator().manual_seed(1000 + seed))[:count]
+    device = next(model.parameters()).device
+    order = torch.randperm(train_images(dataset), generator=torch.Generator().manual_seed(1000 + seed))[:count]
     batches = order[: count // _TUNE_BATCH * _TUNE_BATCH].split(_TUNE_BATCH)
     optimizer = torch.optim.SGD(work.parameters(), rate, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches))
     for chosen in batches:
-        loss = functional.cross_entropy(work(dataset.train_inputs[chosen]), dataset.train_targets[chosen])
+        inputs, targets = dataset.train_inputs[chosen].to(device), dataset.train_targets[chosen].to(device)
+        loss = functional.cross_entropy(work(inputs), targets)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -285,6 +295,7 @@ def run_all(options: argparse.Namespace) -> None:
                         options.calibration,
                         options.part == "tune" or options.tuning_images,
                         options.limit,
+                        options.device,
                     )
                     try:
                         record = {**key, **run_one(method, case, keep, options, dataset)}
@@ -310,7 +321,12 @@ def conclude(options: argparse.Namespace) -> None:
             "python": platform.python_version(),
             **{name: version(name) for name in ("specprune", "torch", "torch-pruning", "numpy", "scipy")},
         },
-        "device": {"machine": platform.machine(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()},
+        "device": {
+            "machine": platform.machine(),
+            "cpus": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        },
         "seeds": sorted({record["seed"] for record in records}),
         "calibration": options.calibration,
     }
@@ -344,6 +360,7 @@ def main() -> None:
     parser.add_argument("--tune-images", type=int, default=20_000, help="training images of --part finetune")
     parser.add_argument("--tuning-images", action="store_true", help="measure on the last 10,000 training images")
     parser.add_argument("--limit", type=int, help="measure on this many images only")
+    parser.add_argument("--device", default="cpu", help="cuda for the CIFAR-10 networks")
     parser.add_argument("--tables-only", action="store_true", help="run nothing")
     options = parser.parse_args()
     tuning = options.part == "tune"

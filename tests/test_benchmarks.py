@@ -19,7 +19,6 @@ import pruning_quality
 from specprune.compress.batches import CalibrationData
 from specprune.compress.groups import find_groups
 from specprune.compress.layers import get_layer, weight_matrix
-from specprune.compress.surgery import layer_slices
 from specprune.testbed import load_dataset
 from specprune.testbed.networks import build_network
 
@@ -155,7 +154,7 @@ def test_squared_gradients_are_the_mean_over_single_images():
 def test_contribution_form_is_the_inner_product_of_what_units_add():
     model = small_convnet().eval()
     group = find_groups(model, CalibrationData([tensor(4, 2, 8, 8)])).groups[-2]  # conv2 into fc1, four pixels each
-    (entry, columns), *_ = layer_slices(model, group)
+    (entry, columns), *_ = peers.layer_slices(model, group)
     weight = weight_matrix(get_layer(model, entry.module)).double().numpy()
     rows = tensor(50, weight.shape[1], seed=3, dtype=torch.float64).numpy()
     parts = np.stack([rows[:, own] @ weight[:, own].T for own in columns])
@@ -325,7 +324,7 @@ def test_finished_runs_are_skipped(tmp_path, monkeypatch, digits):
     monkeypatch.setattr(pruning_quality, "make_case", lambda *arguments: made.append(arguments) or case)
     options = Namespace(
         part="oneshot", tasks="vgg", seeds="1", keeps="0.5", methods="thinet", calibration=96, tuning_images=False,
-        limit=None, networks=tmp_path, results=tmp_path / "runs.jsonl", own=tmp_path / "own.json",
+        limit=None, device="cpu", networks=tmp_path, results=tmp_path / "runs.jsonl", own=tmp_path / "own.json",
     )  # fmt: skip
     pruning_quality.run_all(options)
     pruning_quality.run_all(options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,11 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from specprune._files import load_arrays, save_arrays
+from specprune.compress.attention import HeadAttention, replace_attention
+from specprune.compress.heads import _EMBEDDING, _HEADS, _INNER
+from specprune.compress.recurrent import recurrent_fault
 from specprune.compress.report import Pruned
+from specprune.compress.surgery import CARRIERS, RECURRENT
 
 FILE_KIND = "pruned network"
-VERSION = 1
-_SIZES = ("in_features", "out_features", "in_channels", "out_channels", "num_features")
+VERSION = 2
+_READABLE = (1, 2)
+_SIZES = (
+    *("in_features", "out_features", "in_channels", "out_channels", "groups", "num_features", "num_parameters"),
+    *("hidden_size", "input_size", "num_heads", "head_dim"),
+)
+_NUMBERS = frozenset((*_SIZES, *_HEADS, *_INNER, *_EMBEDDING))  # what pruning changes, and what tells it from others
+_TRANSPOSED = nn.modules.conv._ConvTransposeNd
 
 
 def save_pruned(pruned: Pruned | nn.Module, path: str | os.PathLike[str]) -> None:
@@ -26,14 +36,20 @@ def save_pruned(pruned: Pruned | nn.Module, path: str | os.PathLike[str]) -> Non
         path: the file to write, whole or not at all.
     """
     model = pruned.model if isinstance(pruned, Pruned) else pruned
+    groups = pruned.groups if isinstance(pruned, Pruned) else ()
+    changed = {(attribute.module, attribute.name) for group in groups for attribute in group.attributes}
     arrays, dtypes = {}, {}
     for name, tensor in model.state_dict().items():
         arrays[f"tensor:{name}"], dtypes[name] = _to_array(tensor)
-    structure = {
-        name: {"type": type(module).__name__, "sizes": {k: getattr(module, k) for k in _SIZES if hasattr(module, k)}}
-        for name, module in model.named_modules()
-        if any(hasattr(module, key) for key in _SIZES)
-    }
+    structure = {}
+    for name, module in model.named_modules():
+        sizes = {
+            key: value
+            for key, value in vars(module).items()
+            if type(value) is int and value >= 1 and (key in _NUMBERS or (name, key) in changed)
+        }
+        if sizes:
+            structure[name] = {"type": type(module).__name__, "sizes": sizes}
     header = {"kind": FILE_KIND, "version": VERSION, "dtypes": dtypes, "structure": structure}
     save_arrays(path, arrays, header)
 
@@ -41,8 +57,10 @@ def save_pruned(pruned: Pruned | nn.Module, path: str | os.PathLike[str]) -> Non
 def load_pruned(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) -> nn.Module:
     """Load a pruned network into the architecture that `factory` builds.
 
+    Where the file has `HeadAttention` and the factory's network `nn.MultiheadAttention`, the latter is replaced first.
+
     Args:
-        path: what `save_pruned` wrote.
+        path: what `save_pruned` wrote, by this version or an earlier one.
         factory: returns a new, unpruned network; only its structure is used.
 
     Returns:
@@ -51,46 +69,144 @@ def load_pruned(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is not a pruned network, is damaged, or does not fit what the factory builds.
+        TypeError: the factory returned something else than a module.
     """
     arrays, header = load_arrays(path, FILE_KIND)
-    if header.get("version") != VERSION:
-        raise ValueError(f"{path}: format version {header.get('version')!r}, this program reads version {VERSION}")
+    if header.get("version") not in _READABLE:
+        raise ValueError(
+            f"{path}: format version {header.get('version')!r}, this program reads the versions {_READABLE}"
+        )
     structure, dtypes = header.get("structure"), header.get("dtypes")
     if not isinstance(structure, dict) or not isinstance(dtypes, dict):
         raise ValueError(f"{path}: the header has no structure; the file is damaged")
     model = factory()
     if not isinstance(model, nn.Module):
         raise TypeError(f"factory() returned {type(model).__name__}, expected a torch.nn.Module")
+    label = os.fspath(path)
+    if _other_types(model, structure, label):
+        model = replace_attention(model)
+    for reason in _other_types(model, structure, label):
+        raise ValueError(reason)
+    # All is checked before anything is changed.
     modules = dict(model.named_modules())
+    sizes = {name: _checked_sizes(modules[name], name, entry, label) for name, entry in structure.items()}
+    tensors = _checked_tensors(model, sizes, arrays, dtypes, label)
+    for name, numbers in sizes.items():
+        for key, value in numbers.items():
+            setattr(modules[name], key, value)
+    _assign(model, tensors)
+    return model.eval()
+
+
+def _other_types(model: nn.Module, structure: Mapping[str, Any], label: str) -> list[str]:
+    """Return what to say of every module in the file that the network lacks, or has as another type."""
+    modules = dict(model.named_modules())
+    reasons = []
     for name, entry in structure.items():
-        module = modules.get(name)
-        if module is None or type(module).__name__ != entry.get("type"):
-            found = "nothing" if module is None else type(module).__name__
-            raise ValueError(f"{path}: module {name!r} is a {entry.get('type')}, the factory's network has {found}")
-        for key, size in entry.get("sizes", {}).items():
-            if key not in _SIZES or not isinstance(size, int) or size < 1:
-                raise ValueError(f"{path}: module {name!r} has the size {key}={size!r}")
-            setattr(module, key, size)
+        if not isinstance(entry, dict) or not isinstance(entry.get("sizes"), dict):
+            raise ValueError(f"{label}: the structure says {entry!r} of module {name!r}; the file is damaged")
+        found = type(modules[name]).__name__ if name in modules else "nothing"
+        if found != entry.get("type"):
+            reasons.append(f"{label}: module {name!r} is a {entry.get('type')}, the factory's network has {found}")
+    return reasons
+
+
+def _checked_sizes(module: nn.Module, name: str, entry: Mapping[str, Any], label: str) -> dict[str, int]:
+    """Return a module's sizes in the file, each an integer that the module has, and at most as large as there."""
+    for key, value in entry["sizes"].items():
+        full = vars(module).get(key)
+        if type(full) is not int or type(value) is not int or not 1 <= value <= full:
+            raise ValueError(
+                f"{label}: module {name!r} has the size {key}={value!r}, expected a whole number from 1 to the "
+                f"{key}={full!r} of the factory's {type(module).__name__}"
+            )
+    sizes = {key: value for key, value in vars(module).items() if type(value) is int} | entry["sizes"]
+    if isinstance(module, nn.modules.conv._ConvNd) and (
+        sizes["in_channels"] % sizes["groups"] or sizes["out_channels"] % sizes["groups"]
+    ):
+        raise ValueError(f"{label}: module {name!r} has sizes that do not fit together: {entry['sizes']}")
+    return dict(entry["sizes"])
+
+
+def _shapes(module: nn.Module, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors of a layer that pruning can cut, at these sizes; all others stay as they are."""
+    size: dict[str, Any] = {**vars(module), **sizes}
+    if isinstance(module, RECURRENT):
+        if recurrent_fault(module):
+            return {}
+        rows = len(module.get_parameter("weight_hh_l0")) // module.hidden_size * size["hidden_size"]
+        return {
+            "weight_ih_l0": (rows, size["input_size"]),
+            "weight_hh_l0": (rows, size["hidden_size"]),
+            "bias_ih_l0": (rows,),
+            "bias_hh_l0": (rows,),
+        }
+    if isinstance(module, nn.Linear):
+        return {"weight": (size["out_features"], size["in_features"]), "bias": (size["out_features"],)}
+    if isinstance(module, nn.modules.conv._ConvNd):
+        outputs, inputs, blocks = size["out_channels"], size["in_channels"], size["groups"]
+        ends = (inputs, outputs // blocks) if isinstance(module, _TRANSPOSED) else (outputs, inputs // blocks)
+        return {"weight": (*ends, *module.kernel_size), "bias": (outputs,)}
+    if isinstance(module, CARRIERS):
+        width = size["num_parameters" if isinstance(module, nn.PReLU) else "num_features"]
+        return dict.fromkeys(("weight", "bias", "running_mean", "running_var"), (width,))
+    return {}
+
+
+def _checked_tensors(
+    model: nn.Module,
+    sizes: Mapping[str, Mapping[str, int]],
+    arrays: Mapping[str, np.ndarray],
+    dtypes: Mapping[str, Any],
+    label: str,
+) -> dict[str, Tensor]:
+    """Return the file's tensors, which are those of the network, in the shapes that the sizes say."""
     state = model.state_dict()
     names = {key.removeprefix("tensor:") for key in arrays}
     if names != set(state) or set(dtypes) != names:
         missing, extra = sorted(set(state) - names), sorted(names - set(state))
-        raise ValueError(f"{path}: does not fit the factory's network (missing {missing[:3]}, unknown {extra[:3]})")
+        raise ValueError(f"{label}: does not fit the factory's network (missing {missing[:3]}, unknown {extra[:3]})")
+    tensors = {}
+    shapes = {name: _shapes(module, sizes.get(name, {})) for name, module in model.named_modules()}
     for name, old in state.items():
-        tensor = _to_tensor(arrays[f"tensor:{name}"], dtypes[name], f"{path}: {name!r}")
-        if tensor.dim() != old.dim() or any(new > full for new, full in zip(tensor.shape, old.shape, strict=True)):
-            raise ValueError(f"{path}: {name!r} has shape {tuple(tensor.shape)}, more than the full {tuple(old.shape)}")
-        _assign(modules, name, tensor)
-    return model.eval()
+        owner, _, key = name.rpartition(".")
+        shape = shapes.get(owner, {}).get(key, tuple(old.shape))
+        array = arrays[f"tensor:{name}"]
+        if array.shape != shape:
+            raise ValueError(
+                f"{label}: {name!r} has shape {array.shape}, expected {shape} (it is {tuple(old.shape)} in the "
+                "factory's network)"
+            )
+        tensors[name] = _to_tensor(array, dtypes[name], f"{label}: {name!r}")
+    for name, module in model.named_modules():
+        if isinstance(module, HeadAttention):
+            numbers = {"num_heads": module.num_heads, "head_dim": module.head_dim, **sizes.get(name, {})}
+            inner = tensors[f"{name}.q_proj.weight" if name else "q_proj.weight"].shape[0]
+            if inner != numbers["num_heads"] * numbers["head_dim"]:
+                raise ValueError(
+                    f"{label}: {name!r} has {numbers['num_heads']} heads of {numbers['head_dim']} nodes and queries of "
+                    f"{inner} nodes"
+                )
+    return tensors
 
 
-def _assign(modules: dict[str, nn.Module], name: str, tensor: Tensor) -> None:
-    owner, _, key = name.rpartition(".")
-    module = modules[owner]
-    if key in module._parameters:
-        module._parameters[key] = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
-    else:
-        module._buffers[key] = tensor
+def _assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put the tensors in place; parameters that modules of the network share stay shared."""
+    modules = dict(model.named_modules())
+    made: dict[int, nn.Parameter] = {}
+    for name, old in model.state_dict(keep_vars=True).items():
+        owner, _, key = name.rpartition(".")
+        module, tensor = modules[owner], tensors[name]
+        if key not in module._parameters:
+            module._buffers[key] = tensor
+            continue
+        new = made.get(id(old))
+        if new is None or not torch.equal(new, tensor):
+            new = made[id(old)] = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+        module._parameters[key] = new
+    for module in modules.values():
+        if isinstance(module, RECURRENT):
+            module._init_flat_weights()
 
 
 def _to_array(tensor: Tensor) -> tuple[np.ndarray, str]:

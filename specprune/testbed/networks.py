@@ -11,9 +11,15 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-_FORMS = '"mlp-300-1000-300", "vgg", "vgg-24-24-48-48", "resnet" or "resnet-16-32-64", with widths of your choice'
+_FORMS = (
+    '"mlp-300-1000-300", "vgg", "vgg-24-24-48-48", "resnet" or "resnet-16-32-64", with widths of your choice; or '
+    '"vgg16", "resnet20", "resnet56"'
+)
 _VGG_CHANNELS = (24, 24, 48, 48, 96, 96)
 _RESNET_WIDTHS = (16, 32, 64)
+_VGG16_CHANNELS = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
+_VGG16_POOLS = (2, 4, 7, 10)
+_RESNET_BLOCKS = {"resnet20": 3, "resnet56": 9}  # depth 6 n + 2
 
 
 class ImageTask(Protocol):
@@ -69,7 +75,12 @@ def mlp(widths: Sequence[int], activation: type[nn.Module] = nn.ReLU) -> nn.Sequ
     return nn.Sequential(layers)
 
 
-def vgg(channels: Sequence[int] = _VGG_CHANNELS, classes: int = 10, in_channels: int = 1) -> nn.Sequential:
+def vgg(
+    channels: Sequence[int] = _VGG_CHANNELS,
+    classes: int = 10,
+    in_channels: int = 1,
+    pools: Sequence[int] | None = None,
+) -> nn.Sequential:
     """Return a plain convolutional network in the manner of VGG, with batch normalization.
 
     Every 3x3 convolution is followed by normalization and ReLU; after every second one, but not after the last,
@@ -79,6 +90,7 @@ def vgg(channels: Sequence[int] = _VGG_CHANNELS, classes: int = 10, in_channels:
         channels: output channels of the convolutions in turn.
         classes: number of outputs.
         in_channels: channels of the images.
+        pools: the convolutions, counted from 1, that pooling follows; every second one but the last by default.
 
     Returns:
         Children conv1, norm1, relu1, conv2, ..., pool1, ..., average, flatten, fc1; from (n, in_channels, h, w)
@@ -92,14 +104,15 @@ def vgg(channels: Sequence[int] = _VGG_CHANNELS, classes: int = 10, in_channels:
     """
     _check_sizes("channels", channels, 1)
     _check_sizes("classes and in_channels", (classes, in_channels), 2)
+    places = list(range(2, len(channels), 2) if pools is None else pools)
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     before = in_channels
     for k, width in enumerate(channels, start=1):
         layers[f"conv{k}"] = nn.Conv2d(before, width, 3, padding=1, bias=False)
         layers[f"norm{k}"] = nn.BatchNorm2d(width)
         layers[f"relu{k}"] = nn.ReLU()
-        if k % 2 == 0 and k < len(channels):
-            layers[f"pool{k // 2}"] = nn.MaxPool2d(2)
+        if k in places:
+            layers[f"pool{places.index(k) + 1}"] = nn.MaxPool2d(2)
         before = width
     layers.update(average=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc1=nn.Linear(before, classes))
     return nn.Sequential(layers)
@@ -181,7 +194,8 @@ def build_network(name: str, dataset: ImageTask, seed: int = 0) -> nn.Sequential
     """Return a new network by name, with input and output sizes from the data; the global random state is kept.
 
     Args:
-        name: "mlp-300-1000-300", "vgg", "vgg-24-24-48-48", "resnet" or "resnet-16-32-64", with any widths.
+        name: "mlp-300-1000-300", "vgg", "vgg-24-24-48-48", "resnet" or "resnet-16-32-64", with any widths; or "vgg16"
+            (with batch normalization and one linear layer), "resnet20", "resnet56" (He et al., section 4.2).
         dataset: a `Dataset`, or a `TaskShape`.
         seed: of the initial weights.
 
@@ -192,12 +206,18 @@ def build_network(name: str, dataset: ImageTask, seed: int = 0) -> nn.Sequential
         ValueError: the name has another form, or the images are too small for the network's poolings.
     """
     family, *numbers = name.split("-")
+    channels, height, width = dataset.input_shape
+    if name in ("vgg16", *_RESNET_BLOCKS):
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            if name == "vgg16":
+                return vgg(_VGG16_CHANNELS, dataset.classes, channels, _VGG16_POOLS)
+            return resnet(_RESNET_WIDTHS, _RESNET_BLOCKS[name], dataset.classes, channels)
     if family not in ("mlp", "vgg", "resnet") or not all(n.isascii() and n.isdigit() for n in numbers):
         raise ValueError(f"unknown network {name!r}; expected {_FORMS}")
     widths = tuple(int(number) for number in numbers)
     if (family == "mlp" and not widths) or 0 in widths:
         raise ValueError(f"network {name!r} needs widths of at least 1; expected {_FORMS}")
-    channels, height, width = dataset.input_shape
     # `torch.manual_seed` would also reseed every accelerator; the weights are drawn on the CPU.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
