@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import specprune
+from specprune.analysis.comparison import KEEPS
 from specprune.compress.allocation import ALLOCATIONS
-from specprune.compress.cost import MEASURES
+from specprune.compress.choice import SELECTIONS
 from specprune.compress.reconstruction import RECONSTRUCTIONS
 from specprune.compress.selection import RULES
+from specprune.compress.settings import BUDGETS, Settings
 from specprune.testbed import CATALOG
 
 DATA = tuple(CATALOG)
+_ALLOCATIONS = tuple(name for name in ALLOCATIONS if name != "theory")  # which takes its widths from lambda
+_SELECTIONS = tuple(name for name in SELECTIONS if name != "scores")  # which only a program can give
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -64,6 +68,22 @@ def build_parser() -> argparse.ArgumentParser:
     _add_problem(prune)
     _add_pruning(prune, keep=0.3)
     _add_common(prune)
+
+    comparison = _command(
+        commands,
+        "compare",
+        "several ways to prune, at equal budget",
+        "specprune compare --weights results/mnist-mlp-300-1000-300-0.npz --keeps 0.5,0.3,0.2",
+    )
+    _add_problem(comparison)
+    comparison.add_argument(
+        "--keeps",
+        type=_fractions,
+        default=KEEPS,
+        metavar="F,F,...",
+        help=f"fractions of the FLOPs to keep (default {','.join(map(str, KEEPS))})",
+    )
+    _add_common(comparison)
 
     bounds = _command(
         commands,
@@ -153,12 +173,23 @@ def _add_problem(parser: argparse.ArgumentParser) -> None:
 def _add_pruning(parser: argparse.ArgumentParser, keep: float) -> None:
     group = parser.add_argument_group("pruning")
     group.add_argument("--keep", type=_fraction, default=keep, help=f"fraction to keep (default {keep:g})")
-    group.add_argument("--measure", choices=MEASURES, default="flops", help="of what (default flops)")
-    group.add_argument("--allocation", choices=ALLOCATIONS[:2], default="uniform", help="how widths are chosen")
-    group.add_argument("--selection", choices=sorted(RULES), default="greedy", help="rule that picks the nodes")
-    group.add_argument("--theta", type=_unit, default=0.0, help="weight of the input loss, 0..1 (default 0)")
+    for name, choices, text in (
+        ("measure", BUDGETS, "of what"),
+        ("allocation", _ALLOCATIONS, "how widths are chosen"),
+        ("selection", _SELECTIONS, "rule that picks the nodes"),
+        ("reconstruction", RECONSTRUCTIONS, "refit of the next layer"),
+    ):
+        default = getattr(Settings, name)
+        group.add_argument(f"--{name}", choices=choices, default=default, help=f"{text} (default {default})")
+    group.add_argument("--theta", type=_unit, default=Settings.theta, help="weight of the input loss, 0..1 (default 0)")
     group.add_argument(
-        "--reconstruction", choices=RECONSTRUCTIONS, default="sequential", help="refit of the next layer"
+        "--round-to", type=_positive_int, default=Settings.round_to, help="widths are multiples of this (default 1)"
+    )
+    group.add_argument(
+        "--distill-steps",
+        type=_count,
+        default=Settings.distill_steps,
+        help="gradient steps towards the original's outputs at the end, without labels (default 0)",
     )
 
 
@@ -183,6 +214,10 @@ def _fraction(text: str) -> float:
     return _number(text, lambda x: 0 < x <= 1, "a fraction above 0 and at most 1")
 
 
+def _fractions(text: str) -> tuple[float, ...]:
+    return tuple(_fraction(part) for part in text.split(","))
+
+
 def _unit(text: str) -> float:
     return _number(text, lambda x: 0 <= x <= 1, "a number from 0 to 1")
 
@@ -197,6 +232,10 @@ def _positive(text: str) -> float:
 
 def _positive_int(text: str) -> int:
     return int(_number(text, lambda x: 1 <= x < 2**63 and x == int(x), "a whole number of at least 1"))
+
+
+def _count(text: str) -> int:
+    return int(_number(text, lambda x: 0 <= x < 2**63 and x == int(x), "a whole number, 0 for none"))
 
 
 def _seed(text: str) -> int:

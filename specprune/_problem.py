@@ -25,8 +25,8 @@ class Problem:
 
     Args:
         model: the network.
-        train: labelled training batches, all of them.
-        test: labelled test batches, if there are any.
+        train: training batches, all of them; bounds, trade-offs and error rates need labels.
+        test: test batches, if there are any.
         input_radius: bound on the norm of every possible input, where it is known.
         label: what to call it in titles.
         dataset: the testbed's data set, if it is one.
@@ -66,7 +66,7 @@ def load_problem(
         weights: a checkpoint of `specprune train`; with `model`, a state_dict that torch.save wrote.
         model: "package.module:factory", where factory() returns the network.
         data: a data set's name, or "package.module:factory", where factory() returns (train, test), each a
-            re-iterable of (inputs, targets) batches, or a testbed `Dataset`.
+            re-iterable of batches (inputs, targets) or, for pruning alone, of inputs; or a testbed `Dataset`.
         data_dir: where to look for named data sets first.
         device: where model and named data go.
 

@@ -1,4 +1,4 @@
-"""The command line: demo, data, train, spectra, prune, bounds, tradeoff, figures."""
+"""The command line: demo, data, train, spectra, prune, compare, bounds, tradeoff, figures."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from specprune._arguments import build_parser, check_problem
 from specprune._files import write_text
 from specprune._problem import Problem, load_problem, torch_device
 from specprune._records import format_table, to_json
+from specprune.analysis.comparison import classifier_error, compare
 from specprune.analysis.evaluation import collect_logits, error_rate
 from specprune.compress import CalibrationData, Pruned
 from specprune.testbed import (
@@ -174,17 +175,33 @@ def run_spectra(options: argparse.Namespace) -> None:
 def run_prune(options: argparse.Namespace) -> None:
     """Prune a network, save it, print the report and the errors before and after."""
     problem = _problem(options)
-    pruned = _prune(options, problem)
+    pruned = _prune(options, problem, latency=True)
     path = options.out / "pruned.npz"
     specprune.save_pruned(pruned, path)
     before = after = None
     if problem.test is not None:
-        before = error_rate(*collect_logits(problem.model, CalibrationData(problem.test)))
-        after = _pruned_errors(pruned, problem.test)["test_error"]
+        before, after = (classifier_error(net, CalibrationData(problem.test)) for net in (problem.model, pruned.model))
     _show(options, "prune", pruned.report, file=path, test_error_before=before, test_error_after=after)
-    if before is not None:
+    if before is not None and after is not None:
         _say(options, f"test error {before:.2%} before, {after:.2%} after")
     _say(options, f"[{path}]")
+
+
+def run_compare(options: argparse.Namespace) -> None:
+    """Prune a network by several methods to the same FLOPs; print and draw what comes out."""
+    problem = _problem(options)
+    found = compare(
+        problem.model,
+        problem.calibration(options.calibration),
+        problem.test,
+        keeps=options.keeps,
+        seed=options.seed,
+    )
+    _show(options, "compare", found)
+    from specprune.figures import comparison, save_figure  # draws; the other commands do without
+
+    for path in save_figure(comparison.draw(comparison.from_comparison(found, problem.label)), options.out / "compare"):
+        _say(options, f"[{path}]")
 
 
 def run_bounds(options: argparse.Namespace) -> None:
@@ -244,7 +261,7 @@ def run_figures(options: argparse.Namespace) -> None:
     print(to_json(paths) if options.json else "\n".join(str(path) for path in paths))
 
 
-def _prune(options: argparse.Namespace, problem: Problem) -> Pruned:
+def _prune(options: argparse.Namespace, problem: Problem, latency: bool = False) -> Pruned:
     return specprune.prune(
         problem.model,
         problem.calibration(options.calibration),
@@ -254,6 +271,9 @@ def _prune(options: argparse.Namespace, problem: Problem) -> Pruned:
         selection=options.selection,
         theta=options.theta,
         reconstruction=options.reconstruction,
+        round_to=options.round_to,
+        distill_steps=options.distill_steps,
+        latency=latency,
         seed=options.seed,
     )
 
@@ -274,6 +294,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "train": run_train,
     "spectra": run_spectra,
     "prune": run_prune,
+    "compare": run_compare,
     "bounds": run_bounds,
     "tradeoff": run_tradeoff,
     "figures": run_figures,

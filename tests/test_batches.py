@@ -89,10 +89,18 @@ def test_empty_data_are_refused():
         CalibrationData([]).first()
     with pytest.raises(ValueError, match="batches is empty"):
         read_all(CalibrationData([]))
-    with pytest.raises(ValueError, match="first batch has no samples"):
+    with pytest.raises(ValueError, match="at least one sample"):
         CalibrationData([X[:0]]).first()
     with pytest.raises(ValueError, match="at least one sample"):
         read_all(CalibrationData([X[:0]]))
+
+
+def test_batches_without_samples_are_passed_over():
+    data = CalibrationData([X[:0], X[:12], X[:0], X[12:]])
+    for _ in range(2):
+        assert [batch_size(batch) for batch in read_all(data)] == [12, 8]
+    assert [batch_size(batch) for batch in data.head()] == [12, 8]
+    assert torch.equal(data.first(MODEL), X[:12])
 
 
 def test_dtype_mismatch_names_batch_and_dtypes():

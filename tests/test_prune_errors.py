@@ -85,7 +85,7 @@ NAN[25, 3] = float("nan")
     ("model", "data", "error", "message"),
     [
         (small_mlp(), [], ValueError, "batches is empty"),
-        (small_mlp(), [FLAT[0][:0]], ValueError, "the first batch has no samples"),
+        (small_mlp(), [FLAT[0][:0]], ValueError, "at least one batch with at least one sample"),
         (small_mlp(), iter(FLAT), TypeError, "one-pass iterator"),
         (small_mlp(), FLAT[0], TypeError, "must be a re-iterable of batches"),
         (small_mlp(), [NAN], ValueError, "NaN or Inf in the inputs of layer 'fc2'"),

@@ -159,17 +159,22 @@ def loss_allocation(
 
     spent = cost.total(widths())
     while spent > budget:
-        best: tuple[float, str, int, float] | None = None
+        best: tuple[float, str, int] | None = None
+        changes = cost.changes(widths())
         for name, grid in grids.items():
+            first, second = changes[name]
+            now = grid[places[name]]
             for place in range(places[name] - 1, max(-1, places[name] - 1 - _LOOK_AHEAD), -1):
-                lower = cost.total(widths(name, place))
-                rise = max(0.0, float(losses[name][grid[place]] - losses[name][grid[places[name]]]))
-                ratio = rise / max(spent - lower, _ROUNDING)
+                part = (now - grid[place]) / cost.full[name]
+                saved = first * part - second * part**2
+                rise = max(0.0, float(losses[name][grid[place]] - losses[name][now]))
+                ratio = rise / max(saved, _ROUNDING)
                 if best is None or ratio < best[0]:
-                    best = (ratio, name, place, lower)
+                    best = (ratio, name, place)
         if best is None:  # cannot happen after the check above, short of rounding
             break
-        _, chosen, places[chosen], spent = best
+        _, chosen, places[chosen] = best
+        spent = cost.total(widths())
     while True:  # the last step may have saved more than was needed
         options = [
             (float(losses[name][grid[places[name]]] - losses[name][grid[places[name] + 1]]), name)

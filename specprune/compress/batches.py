@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from specprune.compress.distributed import first_of, is_parallel, sum_over_processes
+
 Forward = Callable[[nn.Module, Any], Tensor]
+_EMPTY = "batches is empty: give at least one batch with at least one sample"
 
 
 class StopForward(Exception):
@@ -131,34 +134,43 @@ class CalibrationData:
         self._batches = batches
         self._forward = forward
         self._first_pass: tuple[int, float] | None = None
+        self._shared_first: Any = None
 
     def first(self, model: nn.Module | None = None) -> Any:
-        """Return the first batch.
+        """Return the first batch that has samples; of several processes, that of the first one with data, on all.
 
         Args:
             model: if given, the batch must share its device and dtype.
 
         Raises:
-            ValueError: there is no batch, it has no sample, or device or dtype do not match.
+            ValueError: no batch has samples, or device or dtype do not match.
         """
-        for batch in self._batches:
-            if batch_size(batch) == 0:
-                raise ValueError("the first batch has no samples: give at least one sample")
-            if model is not None:
-                _check_batch(0, batch, model)
-            return batch
-        raise ValueError("batches is empty: give at least one batch")
+        batch = self._shared_first
+        if batch is None:
+            batch = first_of(next(self.head(), None))
+            if is_parallel():  # every process must ask for it the first time; after that, each may alone
+                self._shared_first = batch
+        if batch is None:
+            raise ValueError(_EMPTY)
+        if model is not None:
+            _check_batch(0, batch, model)
+        return batch
 
     def head(self) -> Iterator[Any]:
-        """Yield batches from the start; the caller stops when it has enough."""
-        yield from self._batches
+        """Yield this process's batches from the start, but those without samples; the caller stops when it likes."""
+        for batch in self._batches:
+            if batch_size(batch) > 0:
+                yield batch
 
     def call(self, model: nn.Module, batch: Any) -> Tensor:
         """Run `model` on `batch` in the way the caller asked for."""
         return call_model(model, batch, self._forward)
 
     def passes(self, model: nn.Module, title: str) -> Iterator[Any]:
-        """Yield every batch once, with a progress bar on terminals.
+        """Yield every batch with samples once, with a progress bar on terminals.
+
+        A process without data takes part in a data-parallel run as long as another one has some.  All processes must
+        go through to the end of the pass.
 
         Args:
             model: whose device and dtype the batches must share.
@@ -167,32 +179,39 @@ class CalibrationData:
         Raises:
             ValueError: no batch or no sample, a device or dtype mismatch, or other data than on the first pass.
         """
-        samples, checksum = 0, 0.0
+        samples, checksum = 0, torch.zeros((), dtype=torch.float64)
         total = len(self._batches) if isinstance(self._batches, Sized) else None
         for index, batch in enumerate(tqdm(self._batches, desc=title, total=total, leave=False, disable=None)):
             _check_batch(index, batch, model)
+            if batch_size(batch) == 0:
+                continue
             samples += batch_size(batch)
-            checksum += sum(_checksum(tensor) for tensor in _tensors(batch))
+            for tensor in _tensors(batch):
+                checksum = checksum + _checksum(tensor)
             yield batch
-        if samples == 0:
-            raise ValueError("batches is empty: give at least one batch with at least one sample")
         if self._first_pass is None:
-            self._first_pass = (samples, checksum)
+            everywhere = sum_over_processes(torch.tensor(float(samples), dtype=torch.float64))
+            if everywhere == 0:
+                raise ValueError(_EMPTY)
+            self._first_pass = (samples, float(checksum))
             return
         before, previous = self._first_pass
-        if before != samples or abs(previous - checksum) > 1e-6 * max(abs(previous), 1e-12):
+        now = float(checksum)  # the only time that an accelerator is waited for
+        if before and not samples:
+            raise ValueError(_EMPTY)
+        if before != samples or abs(previous - now) > 1e-6 * max(abs(previous), 1e-12):
             raise ValueError(
-                f"batches gave other data on this pass ({samples} samples, checksum {checksum:.9g}) than on the first "
+                f"batches gave other data on this pass ({samples} samples, checksum {now:.9g}) than on the first "
                 f"({before} samples, checksum {previous:.9g}): switch off random augmentation and sampling, or pass a "
                 "fixed list of batches"
             )
 
 
-def _checksum(tensor: Tensor) -> float:
+def _checksum(tensor: Tensor) -> Tensor:
     """Return an order-free checksum: the sum over samples of p^2 (1 + sign(p) / 2), p a projection of the sample."""
     if tensor.numel() == 0:
-        return 0.0
+        return torch.zeros((), dtype=torch.float64)
     flat = tensor.detach().reshape(len(tensor), -1).to(torch.float64)
     direction = torch.cos(torch.arange(flat.shape[1], device=flat.device, dtype=torch.float64) * 1.7 + 0.3)
     projections = flat @ direction
-    return float((projections.square() * (1 + projections.sign() / 2)).sum())
+    return (projections.square() * (1 + projections.sign() / 2)).sum()

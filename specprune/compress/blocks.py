@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 PENDING = 256  # columns whose update of A waits for one matrix product
+PRODUCT_ERROR = 1e-6  # of float32 products, relative to the norm; added to the diagonal where it made it indefinite
 MIN_RIDGE = 1e-9  # of the mean diagonal; selection inverts K, so that exact collinearity needs some
 
 
@@ -61,7 +62,7 @@ def backward_path(items: Sequence[Item], size: int, ridge: float) -> UnitPath:
     """
     states = []
     for item in items:
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(_damped(item, ridge)))
+        inverse = _inverse(_damped(item, ridge))
         states.append(_State(inverse, inverse @ item.cross, item.columns))
     return _follow(states, len(items[0].columns) - size, smallest=True)
 
@@ -107,6 +108,17 @@ def _damped(item: Item, ridge: float) -> Tensor:
     mean = float(diagonal.mean())
     damping = max(ridge, MIN_RIDGE) * (mean if mean > 0 else 1.0)
     return item.gram + damping * torch.eye(len(diagonal), dtype=item.gram.dtype, device=item.gram.device)
+
+
+def _inverse(matrix: Tensor) -> Tensor:
+    """Return the inverse of a matrix that is positive definite, short of the rounding of float32 products."""
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if int(info) != 0:
+        noise = PRODUCT_ERROR * float(matrix.norm())
+        factor = torch.linalg.cholesky(
+            matrix + noise * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+        )
+    return torch.cholesky_inverse(factor)
 
 
 class _State:

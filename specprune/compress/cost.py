@@ -9,8 +9,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -55,13 +57,41 @@ class CostModel:
     def total(self, widths: Mapping[str, int] | None = None) -> float:
         """Return the cost at these widths (one for every group), or of the full network."""
         if widths is None:
-            return sum(term.cost for term in self.terms)
-        gone = {name: 1.0 - widths[name] / full for name, full in self.full.items()}
+            return float(self._arrays[0].sum())
+        cost, inputs, outputs = self._arrays
+        gone = self._gone(widths)
+        return float((cost * (1.0 - inputs @ gone) * (1.0 - outputs @ gone)).sum())
 
-        def left(shares: Shares) -> float:
-            return 1.0 - sum(share * gone[group] for group, share in shares)
+    def changes(self, widths: Mapping[str, int]) -> dict[str, tuple[float, float]]:
+        """Return how the cost changes with each group alone, exactly.
 
-        return sum(term.cost * left(term.inputs) * left(term.outputs) for term in self.terms)
+        With a further fraction t of group g gone, the cost falls by first * t - second * t^2.
+
+        Args:
+            widths: the widths to start from.
+
+        Returns:
+            Group name to (first, second).
+        """
+        cost, inputs, outputs = self._arrays
+        gone = self._gone(widths)
+        first = inputs.T @ (cost * (1.0 - outputs @ gone)) + outputs.T @ (cost * (1.0 - inputs @ gone))
+        second = (inputs * outputs).T @ cost
+        return {name: (float(a), float(b)) for name, a, b in zip(self.full, first, second, strict=True)}
+
+    def _gone(self, widths: Mapping[str, int]) -> np.ndarray:
+        return np.array([1.0 - widths[name] / full for name, full in self.full.items()])
+
+    @cached_property
+    def _arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The terms as arrays: (terms,) costs and two (terms, groups) matrices of shares."""
+        place = {name: index for index, name in enumerate(self.full)}
+        inputs, outputs = np.zeros((len(self.terms), len(place))), np.zeros((len(self.terms), len(place)))
+        for row, term in enumerate(self.terms):
+            for matrix, shares in ((inputs, term.inputs), (outputs, term.outputs)):
+                for group, share in shares:
+                    matrix[row, place[group]] += share
+        return np.array([term.cost for term in self.terms]), inputs, outputs
 
 
 def cost_model(model: nn.Module, data: CalibrationData, groups: Sequence[Group], measure: str) -> CostModel:

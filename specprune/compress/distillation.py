@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -28,7 +27,7 @@ def distill(pruned: nn.Module, original: nn.Module, data: CalibrationData, steps
     Args:
         pruned: the network to train; all its floating-point parameters move.
         original: the teacher, left as it is.
-        data: calibration data; batches of more than 128 samples are split.
+        data: calibration data, this process's share; batches of more than 128 samples are split.
         steps: how many optimizer steps.
         seed: of the order of the samples.
 
@@ -41,39 +40,53 @@ def distill(pruned: nn.Module, original: nn.Module, data: CalibrationData, steps
     optimizer = torch.optim.Adam(parameters, LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     samples = _endless(data, torch.Generator().manual_seed(seed))
-    loss = torch.zeros(())
+    loss = torch.zeros((), device=parameters[0].device)
     with torch.enable_grad():
         for _ in tqdm(range(steps), desc="distilling", leave=False, disable=None):
-            batch = next(samples)
-            with torch.no_grad():
-                target = data.call(original, batch)
-            loss = output_divergence(target, data.call(pruned, batch))
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            _share_gradients(parameters)
+            batch = next(samples, None)
+            if batch is not None:
+                with torch.no_grad():
+                    target = data.call(original, batch)
+                loss = output_divergence(target, data.call(pruned, batch))
+                loss.backward()
+            loss = _over_processes(parameters, loss.detach(), 0 if batch is None else batch_size(batch))
             optimizer.step()
             schedule.step()
-    if not bool(torch.isfinite(loss.detach())):
-        raise ValueError(f"the distillation loss became {float(loss.detach())}; use fewer distill_steps")
+    if not bool(torch.isfinite(loss)):
+        raise ValueError(f"the distillation loss became {float(loss)}; use fewer distill_steps")
     optimizer.zero_grad(set_to_none=True)
 
 
-def _share_gradients(parameters: list[nn.Parameter]) -> None:
+def _over_processes(parameters: list[nn.Parameter], loss: Tensor, count: int) -> Tensor:
+    """Make gradients, in place, and the loss the means over the samples of all processes, of which this one has some.
+
+    A process without data takes part with zero gradients.
+    """
     if not is_parallel():
-        return
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        parameter.grad = sum_over_processes(parameter.grad) / dist.get_world_size()
+        return loss
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    kind = reduce(torch.promote_types, (p.dtype for p in parameters), torch.float32)  # the same on every process
+    parts = [part.flatten().to(kind) for part in (*gradients, loss, torch.ones_like(loss))]
+    total = sum_over_processes(torch.cat(parts) * count)
+    *shared, mean, _ = (total / total[-1]).split([len(part) for part in parts])
+    for parameter, part in zip(parameters, shared, strict=True):
+        parameter.grad = part.reshape(parameter.shape).to(parameter.dtype)
+    return mean.reshape(())
 
 
 def _endless(data: CalibrationData, generator: torch.Generator) -> Iterator[Any]:
+    """Yield parts of batches for ever; nothing where there is no data."""
+    empty = True
     while True:
         for batch in data.head():
+            empty = False
             count = batch_size(batch)
             order = torch.randperm(count, generator=generator)
             for part in order.split(BATCH):
                 yield map_tensors(batch, partial(_rows, part=part, count=count))
+        if empty:
+            return
 
 
 def _rows(tensor: Tensor, part: Tensor, count: int) -> Tensor:

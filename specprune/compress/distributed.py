@@ -1,25 +1,34 @@
 """Data-parallel runs: every process reads its own share of the data, and sums over all of them decide.
 
 Nothing here acts outside an initialised `torch.distributed` process group, so the same code runs alone.  All processes
-must make the same calls in the same order; what they decide on is bitwise the same on each, because all of them take
-the sums (and the traced batch) of one and the same reduction.
+must make the same calls in the same order.  What they decide on is bitwise the same on each, because all of them take
+the sums, and the traced batch, from one process.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import contextlib
+import io
+import pickle
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from specprune.compress.moments import LayerMoments
+T = TypeVar("T")
 
 
 def is_parallel() -> bool:
     """Return whether this process is one of several in a `torch.distributed` group."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return process_count() > 1
+
+
+def process_count() -> int:
+    """Return the number of processes of the group, 1 outside of one."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def sum_over_processes(values: Tensor) -> Tensor:
@@ -30,60 +39,150 @@ def sum_over_processes(values: Tensor) -> Tensor:
     """
     if not is_parallel():
         return values
-    total = values.detach().clone().contiguous()
-    try:
-        dist.all_reduce(total)
-        dist.broadcast(total, 0)  # reductions may round differently on different processes
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"process {dist.get_rank()} of {dist.get_world_size()} lost the others while summing: one of them has "
-            f"died or does not answer (its own output tells why): {error}"
-        ) from error
-    return total
+    total = _reachable(values.detach().clone(memory_format=torch.contiguous_format))
+    with _telling_why("summing"):
+        # One process sums, and all take its result: an all-reduce may round differently on different processes.
+        dist.reduce(total, 0)
+        dist.broadcast(total, 0)
+    return total.to(values.device)
 
 
-def first_of(value: Any) -> Any:
-    """Return the first process's value that is not None, on every process; the value itself when there is one.
+def first_of(value: T) -> T:
+    """Return the value of the first process whose value is not None, on every process; the value itself when alone.
+
+    Tensors arrive on the same kind of device that they were on, the current one of the process that gets them.
 
     Raises:
         RuntimeError: another process died or did not answer in time.
     """
     if not is_parallel():
         return value
-    has = torch.zeros(dist.get_world_size(), dtype=torch.float64)
-    has[dist.get_rank()] = float(value is not None)
-    if dist.get_backend() == "nccl":
-        has = has.cuda()
+    rank = dist.get_rank()
+    has = torch.zeros(process_count())
+    has[rank] = float(value is not None)
     owners = sum_over_processes(has).nonzero().flatten().tolist()
     if not owners:
-        return None
-    box = [value]
-    dist.broadcast_object_list(box, owners[0])
-    return box[0]
+        return value
+    box = [_packed(value) if rank == owners[0] else None]
+    with _telling_why("sharing a decision"):
+        dist.broadcast_object_list(box, owners[0])
+    return value if rank == owners[0] else pickle.loads(box[0] or b"")
 
 
-def reduce_moments(
-    sums: Mapping[str, LayerMoments], widths: Mapping[str, int], device: torch.device
-) -> dict[str, LayerMoments]:
-    """Return the moments summed over all processes; a process without data takes part with zeros.
+def decided_by_first(decide: Callable[[], T]) -> T:
+    """Return what a function gives on process 0, on every process; a ValueError that it raises there is raised on all.
 
-    Args:
-        sums: layer name to this process's moments; layers that did not run are absent.
-        widths: layer name to the number of columns, for all layers, in the same order on every process.
-        device: of the model.
+    For what differs by chance, as measured times do.  The function must not talk to other processes.
+
+    Raises:
+        RuntimeError: another process died or did not answer in time.
     """
     if not is_parallel():
-        return dict(sums)
-    reduced = {}
-    for name, width in widths.items():
-        own = sums.get(name)
-        flat = torch.zeros(1 + width + width * width, dtype=torch.float64, device=device)
-        if own is not None:
-            flat[0] = own.rows
-            flat[1 : 1 + width] = own.total
-            flat[1 + width :] = own.gram.flatten()
-        flat = sum_over_processes(flat)
-        rows = int(flat[0])
-        if rows:
-            reduced[name] = LayerMoments(rows, flat[1 : 1 + width].clone(), flat[1 + width :].reshape(width, width))
-    return reduced
+        return decide()
+    answer: Any = None
+    if dist.get_rank() == 0:
+        try:
+            answer = decide(), None
+        except ValueError as error:
+            answer = None, error
+    found, problem = first_of(answer)
+    if problem is not None:
+        raise problem
+    return found
+
+
+def all_names(names: Sequence[str]) -> list[str]:
+    """Return the names that any process has, those of the lower processes first, in their order.
+
+    Raises:
+        RuntimeError: another process died or did not answer in time.
+    """
+    return list(dict.fromkeys(name for own in _gathered(list(names)) for name in own))
+
+
+def check_same_weights(model: nn.Module) -> None:
+    """Check that all processes have bit for bit the same parameters and buffers.
+
+    Raises:
+        ValueError: on every process, naming the first tensor that differs.
+        RuntimeError: another process died or did not answer in time.
+    """
+    if not is_parallel():
+        return
+    own = {name: zlib.crc32(_raw(tensor)) for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+    first, *others = _gathered(own)
+    for rank, other in enumerate(others, 1):
+        for name in [*first, *other]:
+            if first.get(name) != other.get(name):
+                raise ValueError(
+                    f"{name!r} of the model is not the same on processes 0 and {rank}: give all the same weights, for "
+                    "example `for tensor in model.state_dict().values(): torch.distributed.broadcast(tensor, 0)`"
+                )
+
+
+@torch.no_grad()
+def share_weights(model: nn.Module) -> None:
+    """Give every process the parameters and buffers of process 0, in place; they may differ by rounding until then.
+
+    Raises:
+        RuntimeError: another process died or did not answer in time.
+    """
+    if not is_parallel():
+        return
+    for tensor in model.state_dict().values():
+        if isinstance(tensor, Tensor):
+            sent = _reachable(tensor.detach().contiguous())
+            with _telling_why("sharing the weights"):
+                dist.broadcast(sent, 0)
+            tensor.copy_(sent)
+
+
+@contextlib.contextmanager
+def _telling_why(doing: str) -> Iterator[None]:
+    """Say which process waited for whom when a collective call fails."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"process {dist.get_rank()} of {process_count()} lost the others while {doing}: one of them has died or "
+            f"does not answer (its own output tells why): {error}"
+        ) from error
+
+
+def _reachable(tensor: Tensor) -> Tensor:
+    """Return the tensor where the group can send it: NCCL knows accelerators only."""
+    return tensor.cuda() if dist.get_backend() == "nccl" else tensor
+
+
+def _gathered(value: T) -> list[T]:
+    """Return the values of all processes, in their order."""
+    if not is_parallel():
+        return [value]
+    found: list[Any] = [None] * process_count()
+    with _telling_why("comparing notes"):
+        dist.all_gather_object(found, value)
+    return found
+
+
+class _Packer(pickle.Pickler):
+    """Pickles a tensor as its numbers alone: not the whole storage of a view, nor the sender's device."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if type(obj) is Tensor and obj.layout is torch.strided:
+            return _unpacked, (_raw(obj), obj.dtype, tuple(obj.shape), obj.device.type)
+        return NotImplemented
+
+
+def _packed(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    _Packer(buffer).dump(value)
+    return buffer.getvalue()
+
+
+def _raw(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _unpacked(raw: bytes, dtype: torch.dtype, shape: tuple[int, ...], device: str) -> Tensor:
+    flat = torch.frombuffer(bytearray(raw), dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+    return flat.reshape(shape).to(device)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from specprune.compress.batches import CalibrationData, batch_size
-from specprune.compress.distributed import sum_over_processes
+from specprune.compress.distributed import process_count, sum_over_processes
 
 _MAX_ELEMENTS = 2**26  # of kept reference outputs: a language model's are large
 
@@ -42,7 +42,7 @@ class Reference:
     Args:
         model: the original network.
         data: calibration data.
-        samples: about how many samples to use; whole batches are taken.
+        samples: about how many samples to use, of all processes together; whole batches are taken.
     """
 
     @torch.no_grad()
@@ -56,7 +56,7 @@ class Reference:
             self._parts.append((batch, outputs))
             seen += batch_size(batch)
             elements += outputs.numel()
-            if seen >= samples or elements >= _MAX_ELEMENTS:
+            if seen * process_count() >= samples or elements >= _MAX_ELEMENTS:
                 break
 
     @torch.no_grad()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from specprune._files import load_arrays, save_arrays
 from specprune.compress.batches import CalibrationData, Forward, batch_size
+from specprune.compress.distributed import all_names, is_parallel, sum_over_processes
 from specprune.compress.gram import GramSum, is_shiftable
 from specprune.compress.layers import (
     LEVELS,
@@ -218,6 +219,8 @@ def collect_moments(
 ) -> Moments:
     """Collect the second moments of the inputs of all layers in one forward pass over the data.
 
+    In a data-parallel run every process gives its own share of the data, and gets the moments of all.
+
     The rows of a float64 model are multiplied in float64, all others (also of half precision, or under autocast) in
     float32; the sums over rows are float64.  The error of a Gram entry is then about 1e-7 of sqrt(G_ii G_jj), at most
     2e-6, see `GramSum`.  All positions of a convolution of stride 1 are taken by the shifts of its maps, without their
@@ -254,6 +257,7 @@ def collect_moments(
     Raises:
         ValueError: empty batches, unknown layers or level, or NaN or Inf in a layer's inputs (the layer is named).
         TypeError: batches that cannot be iterated twice.
+        RuntimeError: another process of a data-parallel run died.
     """
     _check_level(level)
     data = batches if isinstance(batches, CalibrationData) else CalibrationData(batches, forward)
@@ -269,17 +273,40 @@ def collect_moments(
     for batch in data.passes(work, "collecting moments"):
         data.call(work, batch)
         samples += batch_size(batch)
-    missing = [name for name in names if name not in sums]
+    ran = all_names(list(sums))
+    missing = [name for name in names if name not in ran]
     if layers is not None and missing:
         raise ValueError(f"the layers {missing} did not run in the forward pass; leave them out")
     found: dict[str, LayerMoments] = {}
-    for name, layer_sums in sums.items():
-        moments = found[name] = LayerMoments(layer_sums.rows, layer_sums.total, layer_sums.finish())
+    for name in ran:
+        layer, own = get_layer(work, name), sums.pop(name, None)
+        part = None if own is None else LayerMoments(own.rows, own.total, own.finish())
+        moments = found[name] = over_processes(part, _columns(layer, level), layer.weight.device)
         if not bool(torch.isfinite(moments.gram.diagonal()).all()):
             raise ValueError(
                 f"NaN or Inf in the inputs of layer {name!r} or in their squares: check the data and earlier layers"
             )
-    return Moments(found, samples, level)
+    return Moments(found, int(sum_over_processes(torch.tensor(samples))), level)
+
+
+def over_processes(moments: LayerMoments | None, width: int, device: torch.device) -> LayerMoments:
+    """Return the moments summed over all processes of a data-parallel run.
+
+    Args:
+        moments: of this process; None if it has no data.
+        width: number of columns.
+        device: where the sums go.
+
+    Raises:
+        RuntimeError: another process died or did not answer in time.
+    """
+    if moments is None:
+        zeros = torch.zeros(width, dtype=torch.float64, device=device)
+        moments = LayerMoments(0, zeros, torch.outer(zeros, zeros))
+    if not is_parallel():
+        return moments
+    rows = int(sum_over_processes(torch.tensor(moments.rows)))
+    return LayerMoments(rows, sum_over_processes(moments.total), sum_over_processes(moments.gram))
 
 
 def _check_level(level: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 from torch import nn
@@ -17,7 +18,7 @@ from specprune.compress.allocation import (
 from specprune.compress.blocks import backward_path, kept_units, loss_curve
 from specprune.compress.context import Context, consumer_items, propose_units
 from specprune.compress.cost import CostModel, cost_model
-from specprune.compress.distributed import first_of
+from specprune.compress.distributed import decided_by_first
 from specprune.compress.divergence import Reference
 from specprune.compress.latency import latency_fraction
 from specprune.compress.selection import NodeStatistics
@@ -48,7 +49,7 @@ def make_plan(context: Context, curves: Mapping[str, np.ndarray]) -> Allocation:
         return remove_nodes(context.original, groups, {name: range(k) for name, k in plan.widths.items()})
 
     # The clock of one process decides for all.
-    fraction = first_of(latency_fraction(context.original, context.data, settings.keep, build))
+    fraction = decided_by_first(partial(latency_fraction, context.original, context.data, settings.keep, build))
     return _allocate(context, cost, fraction, curves)
 
 

@@ -11,21 +11,18 @@ All of them act on a network of the old size in which the removed nodes' columns
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy import linalg
 from torch import Tensor, nn
 
 from specprune.compress.batches import CalibrationData
-from specprune.compress.blocks import Item
+from specprune.compress.blocks import PRODUCT_ERROR, Item
 from specprune.compress.capture import capture
-from specprune.compress.distributed import reduce_moments
 from specprune.compress.layers import Layer, blocks, get_layer, patch_rows, set_weight_matrix, weight_matrix
-from specprune.compress.moments import LayerMoments
+from specprune.compress.moments import LayerMoments, over_processes
 from specprune.compress.surgery import Group, input_columns
 from specprune.compress.targets import Targets, inverse_gain, norm_gain
 
@@ -82,18 +79,15 @@ def least_squares(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
     size = len(gram)
     damping = ridge * max(float(gram.trace()) / size, 0.0)
     system = gram + damping * torch.eye(size, dtype=gram.dtype, device=gram.device)
-    if gram.is_cuda:
+    if damping > 0:
         factor, info = torch.linalg.cholesky_ex(system)
-        if int(info) == 0:
-            return torch.cholesky_solve(cross, factor).T
-    matrix, right = system.cpu().numpy(), cross.cpu().numpy()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", linalg.LinAlgWarning)
-            weights = linalg.solve(matrix, right, assume_a="pos").T
-    except (linalg.LinAlgError, linalg.LinAlgWarning):  # collinear or dead nodes and no ridge: least norm
-        weights = (linalg.pinvh(matrix) @ right).T
-    return torch.as_tensor(weights, device=gram.device)
+        if int(info) != 0:  # the rounding of float32 products outweighs the ridge
+            noise = PRODUCT_ERROR * float(gram.norm())
+            factor = torch.linalg.cholesky(system + noise * torch.eye(size, dtype=gram.dtype, device=gram.device))
+        return torch.cholesky_solve(cross, factor).T
+    values, vectors = torch.linalg.eigh(system)
+    kept = values > size * torch.finfo(gram.dtype).eps * values[-1].clamp_min(0)  # none, if all inputs are zero
+    return ((vectors[:, kept] / values[kept]) @ (vectors[:, kept].T @ cross)).T
 
 
 def problem_from_moments(model: nn.Module, name: str, moments: LayerMoments, *, intercept: bool) -> Problem:
@@ -153,9 +147,9 @@ def collect_problems(
             moments = LayerMoments.of(rows)
             sums[name] = sums[name] + moments if name in sums else moments
     problems = {}
-    widths = {name: sum(_sizes(get_layer(work, name))) for name in names}
-    for name, moments in reduce_moments(sums, widths, get_layer(work, names[0]).weight.device).items():
+    for name in names:
         layer = get_layer(work, name)
+        moments = over_processes(sums.get(name), sum(_sizes(layer)), layer.weight.device)
         if not bool(torch.isfinite(moments.gram.diagonal()).all()):
             raise ValueError(f"NaN or Inf in the inputs of layer {name!r} while refitting it")
         intercept = layer.bias is not None or name in norms

@@ -23,8 +23,7 @@ from specprune.bounds.nodes import WeightedNodes, residual_covariance
 from specprune.compress.batches import CalibrationData
 from specprune.compress.blocks import Item
 from specprune.compress.capture import capture
-from specprune.compress.distributed import reduce_moments
-from specprune.compress.moments import LayerMoments
+from specprune.compress.moments import LayerMoments, over_processes
 from specprune.compress.surgery import RECURRENT
 
 
@@ -115,11 +114,6 @@ def hidden_moments(model: nn.Module, name: str, data: CalibrationData) -> LayerM
     if not bool(torch.isfinite(total.gram.diagonal()).all()):
         raise ValueError(f"NaN or Inf in the hidden states of {name!r}: check the data and the layers before it")
     return total
-
-
-def over_processes(moments: LayerMoments | None, width: int, device: torch.device) -> LayerMoments:
-    """Return the moments summed over all processes of a data-parallel run, None standing for a process without data."""
-    return reduce_moments({} if moments is None else {"": moments}, {"": width}, device)[""]
 
 
 def recurrent_losses(

@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from specprune.compress.batches import CalibrationData, Forward
 from specprune.compress.context import Context, make_context, propose_units
 from specprune.compress.cost import count_params, group_params, module_flops
 from specprune.compress.distillation import distill
+from specprune.compress.distributed import check_same_weights, decided_by_first, first_of, share_weights
 from specprune.compress.groups import agreement_error, find_groups
 from specprune.compress.latency import Latency, measure_latency
 from specprune.compress.moments import Moments, check_finite_weights
@@ -171,6 +173,7 @@ def _prune_to(
 ) -> list[Pruned]:
     start = time.perf_counter()
     check_finite_weights(model)
+    check_same_weights(model)
     data = batches if isinstance(batches, CalibrationData) else CalibrationData(batches, forward)
     common = make_context(model, data, find_groups(model, data), settings, moments, scores)
     curves = predicted_curves(common) if any(keep != 1.0 for keep in keeps) else {}
@@ -179,13 +182,14 @@ def _prune_to(
     for keep in keeps:
         generator = np.random.default_rng(settings.seed)
         context = replace(common, settings=replace(settings, keep=keep), generator=generator)
-        plan = make_plan(context, curves)
+        plan = first_of(make_plan(context, curves))
         work, chosen, seconds = _prune_groups(context, plan)
         small = _cut(context, work, chosen)
         if settings.distill_steps:
             distill(small, context.original, data, settings.distill_steps, settings.seed)
+        share_weights(small)
         check_finite_weights(small)
-        times = measure_latency(context.original, small, data) if latency else ()
+        times = decided_by_first(partial(measure_latency, context.original, small, data)) if latency else ()
         report = _report(context, plan, chosen, small, times, seconds, time.perf_counter() - start)
         for name, module in small.named_modules():
             module.training = modes.get(name, model.training)
@@ -210,7 +214,8 @@ def _prune_groups(context: Context, plan: Allocation) -> tuple[nn.Module, dict[s
         begin = time.perf_counter()
         readers = [group for group in groups if any(entry.module == name for entry in group.consumers)]
         new = [g for g in groups if g.name not in kept and (g in readers or (g.kind == "hidden" and g.name == name))]
-        cut = [group for group in new if plan.widths[group.name] < group.width]
+        drawn = settings.allocation == "theory" and settings.selection == "leverage"  # the draw decides the width
+        cut = [group for group in new if drawn or plan.widths[group.name] < group.width]
         stale = sequential and changed and not cut  # earlier cuts changed the inputs
         problems: dict[str, Problem] = context.problems
         if sequential and (stale or cut or any(len(kept[g.name]) < g.width for g in readers if g.name in kept)):
@@ -218,9 +223,18 @@ def _prune_groups(context: Context, plan: Allocation) -> tuple[nn.Module, dict[s
             names = [one for one in context.consumers if one in wanted]
             problems = collect_problems(context.targets, work, context.data, names)
         for group in new:
-            chosen[group.name] = _choose(context, plan, group, problems, work, kept)
+            # One process decides: the same sums may round differently on the way to a choice.
+            chosen[group.name] = first_of(_choose(context, plan, group, problems, work, kept))
             kept[group.name] = chosen[group.name].indices
             mask_nodes(work, [group], kept)
+            if sequential and group in cut:
+                # Until their turn comes, later consumers are refitted on what they read now: a branch that closes on a
+                # shortcut layer that runs after it must not make up for columns that are merely cut.
+                for entry in group.consumers:
+                    if entry.module in problems and entry.module != name:
+                        there, _ = kept_inputs(original, entry.module, groups, kept)
+                        norm = context.norms.get(entry.module)
+                        refit(work, problems[entry.module], there, norm, settings.ridge, original)
         left, whole = kept_inputs(original, name, groups, kept)
         untouched = whole and not (changed and sequential)
         changed = changed or not whole

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from specprune.compress.layers import get_layer, is_depthwise, kernel_columns
+from specprune.compress.layers import is_depthwise, kernel_columns
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 CARRIERS = (*NORMS, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.PReLU)
@@ -281,13 +281,3 @@ def _slice_grouped(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, rows: np.ndarray, 
     _shrink(module, "bias", 0, _rest(module.out_channels, rows))
     module.weight = nn.Parameter(torch.cat(parts).contiguous(), requires_grad=module.weight.requires_grad)
     module.out_channels, module.in_channels = len(module.weight), module.weight.shape[1] * module.groups
-
-
-def layer_slices(model: nn.Module, group: Group) -> list[tuple[Slice, np.ndarray]]:
-    """Return each consumer that `get_layer` knows, with the (units, columns) of its `patch_rows` a unit occupies."""
-    found = []
-    for entry in group.consumers:
-        if not isinstance(model.get_submodule(entry.module), RECURRENT):
-            layer = get_layer(model, entry.module)
-            found.append((entry, input_columns(layer, entry.index).reshape(group.width, -1)))
-    return found

@@ -21,6 +21,7 @@ from specprune._records import to_json
 from specprune.figures import (
     approximation_error,
     bias_variance,
+    comparison,
     degrees_of_freedom,
     eigenvalue_decay,
     selection_rules,
@@ -36,6 +37,7 @@ FIGURES: dict[str, ModuleType] = {
     "approximation_error": approximation_error,
     "bias_variance": bias_variance,
     "selection_rules": selection_rules,
+    "comparison": comparison,
 }
 # Without a date and a program version, the same data give the same file.
 _METADATA: dict[str, dict[str, None]] = {"pdf": {"CreationDate": None}, "png": {"Software": None}}

@@ -71,6 +71,7 @@ def compute(setting: FigureSetting) -> dict[str, Any]:
                     data,
                     keep,
                     moments=moments,
+                    allocation="uniform",
                     selection=rule,
                     reconstruction=reconstruction,
                     seed=setting.seed + repeat,
