@@ -89,6 +89,9 @@ def test_every_architecture_comes_back(name, tmp_path):
     loaded.train()
     loaded(inputs).square().mean().backward()
     assert all(parameter.grad is not None for parameter in loaded.parameters())
+    for module in loaded.modules():
+        if isinstance(module, nn.RNNBase):
+            assert all(a is b for a, b in zip(module._flat_weights, module.parameters(), strict=True))
 
 
 def test_heads_go_into_replaced_networks_too(tmp_path):

@@ -1,5 +1,6 @@
 """The command line: what it prints and writes, its exit codes, and one line instead of a traceback."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from specprune.cli import build_parser, main
 from specprune.compress import CalibrationData
 from specprune.testbed import Recipe, default_recipe, load_checkpoint, load_dataset, save_checkpoint, train
 
-COMMANDS = ("demo", "data", "train", "spectra", "prune", "bounds", "tradeoff", "figures")
+COMMANDS = ("demo", "data", "train", "spectra", "prune", "compare", "bounds", "tradeoff", "figures")
 OWN_CODE = """
 import torch
 from torch import nn
@@ -27,6 +28,14 @@ def data():
     inputs = torch.randn(400, 5, generator=generator)
     targets = (inputs[:, 0] > 0).long()
     return [(inputs[:300], targets[:300])], [(inputs[300:], targets[300:])]
+
+def inputs():
+    return ([inputs for inputs, _ in data()[0]],)
+
+def frozen():
+    model = net()
+    model[0].requires_grad_(False)
+    return model
 
 def broken():
     raise KeyError("no such thing")
@@ -115,6 +124,13 @@ def test_version(capsys):
         ["prune", "--keep", "half"],
         ["prune", "--theta", "1.5"],
         ["prune", "--selection", "best"],
+        ["prune", "--selection", "scores"],
+        ["prune", "--allocation", "theory"],
+        ["prune", "--round-to", "0"],
+        ["prune", "--distill-steps", "-1"],
+        ["compare", "--keeps", "0.5,2"],
+        ["compare", "--keeps", "0.5,"],
+        ["compare"],
         ["bounds", "--delta", "0"],
         ["tradeoff", "--keep", "0.1", "--lambdas", "0.1"],
         ["tradeoff", "--lambdas", "-1"],
@@ -229,10 +245,63 @@ def test_failed_jobs_give_1_and_one_line(own, weights, tmp_path, capsys, monkeyp
     fails(capsys, ["spectra", "--weights", str(corrupt)], "corrupt.npz")
 
 
-def test_residual_networks_are_refused_in_one_line(tmp_path, capsys):
+def test_residual_networks_are_pruned(tmp_path, capsys):
     assert main(["train", "--data", "digits", "--net", "resnet-4-8", "--epochs", "1", "--out", str(tmp_path)]) == 0
+    path = tmp_path / "digits-resnet-4-8-0.npz"
     capsys.readouterr()
-    fails(capsys, ["prune", "--weights", str(tmp_path / "digits-resnet-4-8-0.npz")], "not a chain", "coupled")
+    assert main(["prune", "--weights", str(path), "--keep", "0.6", "--round-to", "2", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "latency, batch of 1: " in printed
+    assert "latency, batch of 64: " in printed
+    result = json.loads((tmp_path / "prune.json").read_text())["result"]
+    assert all(group["width_after"] % 2 == 0 for group in result["groups"])
+    small = specprune.load_pruned(tmp_path / "pruned.npz", lambda: load_checkpoint(path).model)
+    assert small(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+
+
+def test_defaults_are_those_of_prune():
+    options = vars(build_parser().parse_args(["prune", "--weights", "net.npz"]))
+    own = {name: entry.default for name, entry in inspect.signature(specprune.prune).parameters.items()}
+    shared = ("measure", "allocation", "selection", "theta", "reconstruction", "round_to", "distill_steps", "seed")
+    assert {name: options[name] for name in shared} == {name: own[name] for name in shared}
+
+
+def test_every_choice_of_prune_reaches_it(weights, tmp_path, capsys):
+    words = ["--measure", "latency", "--keep", "0.99", "--allocation", "uniform", "--selection", "thinet"]
+    words += ["--theta", "0.5", "--reconstruction", "patch", "--distill-steps", "2"]
+    arguments = ["prune", "--weights", weights, *words, "--out", str(tmp_path), "--json"]
+    code = main(arguments)  # the clock of a busy machine may find no network that is fast enough
+    printed = capsys.readouterr()
+    if code:
+        assert "of the latency" in printed.err
+        return
+    settings = json.loads(printed.out)["result"]["settings"]
+    assert (settings["measure"], settings["allocation"], settings["selection"]) == ("latency", "uniform", "thinet")
+    assert (settings["theta"], settings["reconstruction"], settings["distill_steps"]) == (0.5, "patch", 2)
+
+
+def test_what_is_left_whole_is_printed_with_its_reason(own, tmp_path, capsys):
+    arguments = ["--model", f"{own}:frozen", "--data", f"{own}:inputs", "--keep", "0.9", "--out", str(tmp_path)]
+    assert main(["prune", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "left whole: 0: " in printed
+    assert "frozen" in printed
+    assert "test error" not in printed  # there are no labels
+
+
+def test_compare_writes_table_and_figure(own, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("specprune.compress.latency._SECONDS", 0.0)  # few runs are enough for a ratio of any kind
+    out = tmp_path / "out"
+    network = ["--model", f"{own}:net", "--out", str(out), "--keeps", "0.6,0.4"]
+    assert main(["compare", *network, "--data", f"{own}:data"]) == 0
+    assert "greedy (paper)" in capsys.readouterr().out
+    assert {path.name for path in out.iterdir()} == {"compare.json", "compare.pdf", "compare.png"}
+    record = json.loads((out / "compare.json").read_text())
+    assert [point["keep"] for point in record["result"]["points"]] == [0.6, 0.4] * 7
+    assert record["result"]["measured_on"] == "test"
+    assert main(["compare", *network, "--data", f"{own}:inputs", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)["result"]
+    assert (result["base_error"], result["measured_on"]) == (None, "calibration")
 
 
 def test_an_unwritable_folder_is_a_failed_job(weights, tmp_path, capsys):

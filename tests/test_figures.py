@@ -234,6 +234,27 @@ def test_selection_rules(setting, folder):
     assert means["magnitude", "sequential"] > means["magnitude", "none"]
 
 
+def test_comparison(folder):
+    (ax,) = drawn(folder, "comparison").axes
+    data = read(folder, "comparison")["data"]
+    assert [curve["method"] for curve in data["curves"]] == labels(ax)[:-1]
+    assert labels(ax)[-1] == "original network"
+    assert list(ax.lines[-1].get_ydata()) == [data["base_error"]] * 2
+    looks = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in ax.lines}
+    assert len(looks) == len(ax.lines) == 8
+    for curve, line in zip(data["curves"], ax.lines, strict=False):
+        points = {point["flops_kept"]: point["error"] for point in curve["points"]}
+        assert dict(zip(line.get_xdata(), line.get_ydata(), strict=True)) == points
+        assert list(line.get_xdata()) == sorted(points)
+        low, high = ax.get_ylim()
+        assert all(low <= value <= high for value in points.values())
+    # Data without labels show the divergence, whose reference is 0.
+    unlabelled = FIGURES["comparison"].draw({**data, "base_error": None}).axes[0]
+    assert unlabelled.get_ylabel() == "divergence from the original"
+    assert list(unlabelled.lines[-1].get_ydata()) == [0.0, 0.0]
+    assert unlabelled.lines[0].get_ydata()[0] == data["curves"][0]["points"][0]["divergence"]
+
+
 def test_unknown_names_are_refused_before_anything_is_computed(setting, tmp_path):
     with pytest.raises(ValueError, match=r"unknown figure 'decay': expected one of eigenvalue_decay, degrees_of"):
         make_figures(setting, tmp_path / "out", ["eigenvalue_decay", "decay"])

@@ -92,7 +92,7 @@ def test_numbers_of_one_point_by_hand(curve, problem):
     model, batches, test = problem
     data = CalibrationData(batches)
     point = curve.points[1]
-    pruned = prune(model, data, KEEP[1], allocation="dof", reconstruction="channel")
+    pruned = prune(model, data, KEEP[1], allocation="dof", selection="greedy", reconstruction="channel")
     logits, targets = collect_logits(model, data)
     own, _ = collect_logits(pruned.model, data)
     assert point.measured == pytest.approx(root_mean_square(own - logits), rel=1e-5)
@@ -175,7 +175,7 @@ def test_calibration_on_a_part(problem):
     )
     assert point.a_priori_holds is True
     moments = collect_moments(model, batches)
-    refit = prune(model, part, keep[0], allocation="dof", moments=moments)
+    refit = prune(model, part, keep[0], allocation="dof", selection="greedy", moments=moments)
     assert point.refit_train_error == error_rate(*collect_logits(refit.model, CalibrationData(batches)))
     (fitted,) = tradeoff(model, batches, test, keep=keep, calibration=part, reconstruction="sequential").points
     assert fitted.train_error == point.refit_train_error

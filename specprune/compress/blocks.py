@@ -62,7 +62,7 @@ def backward_path(items: Sequence[Item], size: int, ridge: float) -> UnitPath:
     """
     states = []
     for item in items:
-        inverse = _inverse(_damped(item, ridge))
+        inverse = torch.cholesky_inverse(definite_factor(_damped(item, ridge)))
         states.append(_State(inverse, inverse @ item.cross, item.columns))
     return _follow(states, len(items[0].columns) - size, smallest=True)
 
@@ -110,15 +110,22 @@ def _damped(item: Item, ridge: float) -> Tensor:
     return item.gram + damping * torch.eye(len(diagonal), dtype=item.gram.dtype, device=item.gram.device)
 
 
-def _inverse(matrix: Tensor) -> Tensor:
-    """Return the inverse of a matrix that is positive definite, short of the rounding of float32 products."""
+def definite_factor(matrix: Tensor) -> Tensor:
+    """Return the Cholesky factor of a moment matrix with its ridge, which float32 products may have made indefinite.
+
+    Then `PRODUCT_ERROR` times the norm is added to the diagonal, and if that is not enough (centring cancels most of
+    large means), twice the most negative eigenvalue.
+    """
     factor, info = torch.linalg.cholesky_ex(matrix)
-    if int(info) != 0:
-        noise = PRODUCT_ERROR * float(matrix.norm())
-        factor = torch.linalg.cholesky(
-            matrix + noise * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-        )
-    return torch.cholesky_inverse(factor)
+    if int(info) == 0:
+        return factor
+    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    noise = PRODUCT_ERROR * float(matrix.norm())
+    factor, info = torch.linalg.cholesky_ex(matrix + noise * identity)
+    if int(info) == 0:
+        return factor
+    lowest = float(torch.linalg.eigvalsh(matrix)[0])
+    return torch.linalg.cholesky(matrix + (noise + 2 * abs(min(lowest, 0.0))) * identity)
 
 
 class _State:

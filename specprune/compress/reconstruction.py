@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from specprune.compress.batches import CalibrationData
-from specprune.compress.blocks import PRODUCT_ERROR, Item
+from specprune.compress.blocks import Item, definite_factor
 from specprune.compress.capture import capture
 from specprune.compress.layers import Layer, blocks, get_layer, patch_rows, set_weight_matrix, weight_matrix
 from specprune.compress.moments import LayerMoments, over_processes
@@ -80,11 +80,7 @@ def least_squares(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
     damping = ridge * max(float(gram.trace()) / size, 0.0)
     system = gram + damping * torch.eye(size, dtype=gram.dtype, device=gram.device)
     if damping > 0:
-        factor, info = torch.linalg.cholesky_ex(system)
-        if int(info) != 0:  # the rounding of float32 products outweighs the ridge
-            noise = PRODUCT_ERROR * float(gram.norm())
-            factor = torch.linalg.cholesky(system + noise * torch.eye(size, dtype=gram.dtype, device=gram.device))
-        return torch.cholesky_solve(cross, factor).T
+        return torch.cholesky_solve(cross, definite_factor(system)).T
     values, vectors = torch.linalg.eigh(system)
     kept = values > size * torch.finfo(gram.dtype).eps * values[-1].clamp_min(0)  # none, if all inputs are zero
     return ((vectors[:, kept] / values[kept]) @ (vectors[:, kept].T @ cross)).T

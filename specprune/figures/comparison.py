@@ -96,9 +96,10 @@ def draw(data: dict[str, Any]) -> Figure:
         _spread(ax, numbers([base, *(point[quantity] for point in shown)]))
         if labelled:
             ax.set_ylabel("test error (%)" if data["measured_on"] == "test" else "error on calibration data (%)")
-            ax.yaxis.set_major_formatter(FuncFormatter(lambda tick, _: f"{100 * tick:g}"))
         else:
             ax.set_ylabel("divergence from the original")
+        scale = 100 if labelled else 1
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda tick, _: f"{scale * tick:g}"))
         finish_figure(figure, data["label"])
     return figure
 
