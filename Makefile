@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all lint figures bench clean
+.PHONY: demo test test-all lint figures bench quality clean
 
 demo: $(STAMP)
 	$(BIN)/specprune demo --out results/demo
@@ -25,6 +25,13 @@ figures: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/greedy_speed.py --out results/benchmarks
+	$(BIN)/python benchmarks/collection_speed.py --out results/benchmarks
+
+quality: $(STAMP)
+	$(BIN)/python benchmarks/pruning_quality.py --part tune
+	$(BIN)/python benchmarks/pruning_quality.py
+	$(BIN)/python benchmarks/pruning_quality.py --part finetune --keeps 0.3
+	$(BIN)/python benchmarks/pruning_quality.py --part distill --keeps 0.3
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "specprune needs Python 3.11 or newer; set PYTHON=...")'

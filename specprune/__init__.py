@@ -7,7 +7,7 @@ print(specprune.tradeoff(model, train, test))          # bias, variance, bounds 
 
 from importlib.metadata import PackageNotFoundError, version
 
-from specprune.analysis import bound_table, layer_spectra, tradeoff
+from specprune.analysis import bound_table, compare, layer_spectra, tradeoff
 from specprune.compress import collect_moments, load_pruned, prune, prune_sweep, save_pruned
 
 try:
@@ -19,6 +19,7 @@ __all__ = [
     "__version__",
     "bound_table",
     "collect_moments",
+    "compare",
     "layer_spectra",
     "load_pruned",
     "prune",

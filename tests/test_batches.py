@@ -1,5 +1,7 @@
 """What counts as a batch, and the checks that every pass over the data makes."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -177,3 +179,11 @@ def test_a_pass_left_early_does_not_count_as_the_first():
     next(iter(data.passes(MODEL, "test")))
     assert len(read_all(data)) == 2
     assert len(read_all(data)) == 2
+
+
+def test_logits_are_taken_from_a_record():
+    class Net(nn.Module):
+        def forward(self, features):
+            return SimpleNamespace(logits=features * 2, loss=None)
+
+    assert torch.equal(call_model(Net(), {"features": torch.ones(2), "labels": torch.zeros(2)}), torch.full((2,), 2.0))

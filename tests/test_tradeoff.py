@@ -100,7 +100,7 @@ def test_numbers_of_one_point_by_hand(curve, problem):
     assert point.test_error == error_rate(*collect_logits(pruned.model, CalibrationData(test)))
     assert point.widths == {entry.group: entry.width_after for entry in pruned.report.groups}
     assert point.lams == pytest.approx({entry.group: entry.lam for entry in pruned.report.groups}, rel=1e-9)
-    refit = prune(model, data, KEEP[1], allocation="dof", reconstruction="sequential")
+    refit = prune(model, data, KEEP[1], allocation="dof", selection="greedy", reconstruction="sequential")
     assert point.refit_train_error == error_rate(*collect_logits(refit.model, data))
     # The weights cost bits * ln 2 nats each, the rest (exponents, bits, widths, delta) a little more.
     nats = 2 * len(targets) * point.variance**2

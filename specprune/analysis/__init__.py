@@ -2,15 +2,19 @@
 
 from specprune.analysis.approximation import Approximation, approximation, output_distance
 from specprune.analysis.chain import ChainLayer, trace_chain
+from specprune.analysis.comparison import METHODS, Comparison, ComparisonPoint, compare
 from specprune.analysis.propagation import carried_error
 from specprune.analysis.spectra import LayerSpectrum, Spectra, layer_spectra
 from specprune.analysis.tightness import BoundTable, OccamResult, bound_table, occam_results
 from specprune.analysis.tradeoff import Tradeoff, TradeoffPoint, tradeoff
 
 __all__ = [
+    "METHODS",
     "Approximation",
     "BoundTable",
     "ChainLayer",
+    "Comparison",
+    "ComparisonPoint",
     "LayerSpectrum",
     "OccamResult",
     "Spectra",
@@ -19,6 +23,7 @@ __all__ = [
     "approximation",
     "bound_table",
     "carried_error",
+    "compare",
     "layer_spectra",
     "occam_results",
     "output_distance",

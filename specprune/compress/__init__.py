@@ -4,7 +4,7 @@ from specprune.compress.batches import CalibrationData
 from specprune.compress.checkpoint import load_pruned, save_pruned
 from specprune.compress.cost import count_flops, count_params
 from specprune.compress.groups import Structure, find_groups
-from specprune.compress.moments import LayerMoments, Moments, collect_moments
+from specprune.compress.moments import LayerMoments, Moments, collect_moments, collection_bytes
 from specprune.compress.report import GroupReport, Pruned, PruneReport
 from specprune.compress.selection import NodeStatistics, greedy_nodes, information_losses, select_nodes
 from specprune.compress.spectral import prune, prune_sweep
@@ -23,6 +23,7 @@ __all__ = [
     "Slice",
     "Structure",
     "collect_moments",
+    "collection_bytes",
     "count_flops",
     "count_params",
     "find_groups",

@@ -52,13 +52,19 @@ def batch_targets(batch: Any) -> Tensor:
 
 
 def call_model(model: nn.Module, batch: Any, forward: Forward | None = None) -> Tensor:
-    """Run the model on a batch: `model(inputs)`, `model(**mapping)` without "labels", or `forward(model, batch)`."""
+    """Run the model on a batch: `model(inputs)`, `model(**mapping)` without "labels", or `forward(model, batch)`.
+
+    Where the model returns a record with `logits`, as Hugging Face models do, these are returned.
+    """
     if forward is not None:
         return forward(model, batch)
     inputs = batch_inputs(batch)
     if isinstance(inputs, Mapping):  # "labels" are the targets, see `batch_targets`
-        return model(**{key: value for key, value in inputs.items() if key != "labels"})
-    return model(inputs)
+        output = model(**{key: value for key, value in inputs.items() if key != "labels"})
+    else:
+        output = model(inputs)
+    logits = None if isinstance(output, Tensor) else getattr(output, "logits", None)
+    return output if logits is None else logits
 
 
 def _tensors(batch: Any) -> list[Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from specprune._files import load_arrays, save_arrays
 from specprune.compress.attention import HeadAttention, replace_attention
-from specprune.compress.heads import _EMBEDDING, _HEADS, _INNER
+from specprune.compress.heads import EMBEDDING_WIDTHS, HEAD_COUNTS, INNER_WIDTHS
 from specprune.compress.recurrent import recurrent_fault
 from specprune.compress.report import Pruned
 from specprune.compress.surgery import CARRIERS, RECURRENT
@@ -24,7 +24,9 @@ _SIZES = (
     *("in_features", "out_features", "in_channels", "out_channels", "groups", "num_features", "num_parameters"),
     *("hidden_size", "input_size", "num_heads", "head_dim"),
 )
-_NUMBERS = frozenset((*_SIZES, *_HEADS, *_INNER, *_EMBEDDING))  # what pruning changes, and what tells it from others
+_NUMBERS = frozenset(
+    (*_SIZES, *HEAD_COUNTS, *INNER_WIDTHS, *EMBEDDING_WIDTHS)
+)  # what pruning changes, and what tells it from others
 _TRANSPOSED = nn.modules.conv._ConvTransposeNd
 
 

@@ -27,13 +27,22 @@ from specprune.compress.tracing import Trace, map_tensors
 logger = logging.getLogger(__name__)
 
 SEED = 0  # of the directions along which dependence is tested; any direction in general position will do
-_HEADS = (
+HEAD_COUNTS = (
     *("num_heads", "n_heads", "n_head", "nhead", "nheads", "heads", "h", "num_attention_heads", "attention_heads"),
     *("num_kv_heads", "n_kv_heads", "n_kv_head", "kv_heads", "num_key_value_heads", "num_q_heads", "num_query_heads"),
     *("n_local_heads", "n_local_kv_heads", "num_k_heads", "num_v_heads", "num_key_heads", "num_value_heads"),
 )
-_INNER = ("all_head_size", "split_size", "inner_dim", "inner_size", "attn_dim", "attention_dim", "q_size", "kv_size")
-_EMBEDDING = ("embed_dim", "embedding_dim", "hidden_size", "hidden_dim", "d_model", "n_embd", "kv_dim", "dim")
+INNER_WIDTHS = (
+    "all_head_size",
+    "split_size",
+    "inner_dim",
+    "inner_size",
+    "attn_dim",
+    "attention_dim",
+    "q_size",
+    "kv_size",
+)
+EMBEDDING_WIDTHS = ("embed_dim", "embedding_dim", "hidden_size", "hidden_dim", "d_model", "n_embd", "kv_dim", "dim")
 
 
 @dataclass(frozen=True, eq=False)
@@ -308,12 +317,12 @@ def _checked(
     values = vars(model.get_submodule(".".join(owner)))
     tried: list[tuple[Attribute, ...]] = []
     first = ""
-    for names in ((), _HEADS, (*_HEADS, *_INNER), (*_HEADS, *_INNER, *_EMBEDDING)):
+    for names in ((), HEAD_COUNTS, (*HEAD_COUNTS, *INNER_WIDTHS), (*HEAD_COUNTS, *INNER_WIDTHS, *EMBEDDING_WIDTHS)):
         attributes = tuple(
             Attribute(".".join(owner), name, values[name] // group.width)
             for name in names
             if type(values.get(name)) is int
-            and values[name] in (heads if name in _HEADS else inner)
+            and values[name] in (heads if name in HEAD_COUNTS else inner)
             and values[name] % group.width == 0
         )
         if attributes in tried:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from specprune.compress.batches import CalibrationData
 from specprune.compress.capture import capture
-from specprune.compress.moments import LayerMoments
+from specprune.compress.distributed import first_of
+from specprune.compress.moments import LayerMoments, over_processes
 from specprune.compress.reconstruction import least_squares
-from specprune.compress.recurrent import gate_rows, hidden_moments, over_processes
+from specprune.compress.recurrent import gate_rows, hidden_moments
 
 ROUNDS = 2  # refits of the recurrent weights; each changes the states that the next one regresses on
 # The weights of all gates, and their biases where the layer has them.
@@ -86,7 +87,7 @@ def refit_recurrent(
     for _ in range(1 + ROUNDS):
         refitted = _regressed(plain, before, nodes, moments, ridge)
         trial = _tried(original, work, name, nodes, refitted, data, ridge)
-        if not trial.error < best.error:
+        if not first_of(trial.error < best.error):  # processes must leave the loop together
             break
         best, moments = trial, trial.reached
     _write(after, best.recurrence)
