@@ -24,9 +24,8 @@ _SIZES = (
     *("in_features", "out_features", "in_channels", "out_channels", "groups", "num_features", "num_parameters"),
     *("hidden_size", "input_size", "num_heads", "head_dim"),
 )
-_NUMBERS = frozenset(
-    (*_SIZES, *HEAD_COUNTS, *INNER_WIDTHS, *EMBEDDING_WIDTHS)
-)  # what pruning changes, and what tells it from others
+# What pruning changes, and what tells it from others.
+_NUMBERS = frozenset((*_SIZES, *HEAD_COUNTS, *INNER_WIDTHS, *EMBEDDING_WIDTHS))
 _TRANSPOSED = nn.modules.conv._ConvTransposeNd
 
 
