@@ -61,7 +61,10 @@ class Targets:
     ) -> None:
         self.original, self.data, self.consumers = original, data, tuple(consumers)
         self.norms, self.closers = dict(norms), tuple(closers)
-        self.positions, self.seed = positions, seed
+        self.positions = positions
+        self._generators = {
+            name: torch.Generator().manual_seed(seed + index) for index, name in enumerate(self.consumers)
+        }
         self._kept: dict[float, dict[str, tuple[Positions, Tensor]]] = {}
         self._bytes = 0
 
@@ -71,7 +74,7 @@ class Targets:
         key = fingerprint(batch)
         if key in self._kept:
             return self._kept[key]
-        found = self._compute(batch, key, self.consumers if self._bytes < CACHE_BYTES else names)
+        found = self._compute(batch, self.consumers if self._bytes < CACHE_BYTES else names)
         size = sum(target.numel() * target.element_size() for _, target in found.values())
         if len(found) == len(self.consumers) and self._bytes + size <= CACHE_BYTES:
             self._kept[key] = found
@@ -80,17 +83,15 @@ class Targets:
             self._bytes = CACHE_BYTES  # full: from now on only what is asked for is computed
         return found
 
-    def _compute(self, batch: Any, key: float, names: Sequence[str]) -> dict[str, tuple[Positions, Tensor]]:
+    def _compute(self, batch: Any, names: Sequence[str]) -> dict[str, tuple[Positions, Tensor]]:
         norms = {name: self.norms[name] for name in names if name in self.norms}
         closing = [name for name in names if name in self.closers]
         seen = capture(self.original, names, self.data, batch, norms=norms, closers=closing)
-        return {name: self._target(name, seen[name], key) for name in names}
+        return {name: self._target(name, seen[name]) for name in names}
 
-    def _target(self, name: str, seen: Seen, key: float) -> tuple[Positions, Tensor]:
+    def _target(self, name: str, seen: Seen) -> tuple[Positions, Tensor]:
         layer = get_layer(self.original, name)
-        # The same positions whenever this layer sees this batch.
-        mixed = hash((self.seed, self.consumers.index(name), key)) % 2**63
-        drawn = Positions.draw(layer, seen.inputs, self.positions, torch.Generator().manual_seed(mixed))
+        drawn = Positions.draw(layer, seen.inputs, self.positions, self._generators[name])
         target = drawn.rows(layer, seen.outputs)
         if seen.shortcut is not None and name in self.closers:
             gain = inverse_gain(self.original, self.norms.get(name), target)
