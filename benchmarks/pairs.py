@@ -80,7 +80,6 @@ def summary(records: Iterable[Record], ours: str) -> list[dict[str, Any]]:
             "drop": float(np.mean([100 * run["full_accuracy"] for run in runs.values()])) - float(np.mean(accuracies)),
             "flops": float(np.mean([run["flops"] for run in runs.values()])),
             "params": float(np.mean([run["params"] for run in runs.values()])),
-            "seconds": float(np.mean([run["seconds"] for run in runs.values()])),
         }
         if both and method != ours:
             pairs = [(own[seed], runs[seed]) for seed in both]

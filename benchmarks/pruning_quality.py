@@ -65,7 +65,7 @@ _BATCH = 250
 _MEASURE_BATCH = 50  # small batches stay in the cache
 _TUNE_BATCH = 128
 _TUNE_RATE = {"mlp": 0.01}  # 0.02 for the convolutional networks
-_COLUMNS = ("task", "keep", "method", "seeds", "accuracy", "drop", "ours_minus", "half_width", "flops", "seconds")
+_COLUMNS = ("task", "keep", "method", "seeds", "accuracy", "drop", "ours_minus", "half_width", "flops")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from specprune.compress.divergence import output_divergence
 from specprune.compress.tracing import map_tensors
 
 BATCH = 128
-LEARNING_RATE = 3e-3
+LEARNING_RATE = 3e-4  # ten times as much loses accuracy on small calibration sets
 
 
 def distill(pruned: nn.Module, original: nn.Module, data: CalibrationData, steps: int, seed: int) -> None:
