@@ -47,10 +47,10 @@ from specprune.bounds.spectral import (
     samples_needed,
     sampling_failure_probability,
 )
+from specprune.bounds.statement import Statement
 from specprune.bounds.symbolic import (
     STATEMENTS,
     PolynomialRate,
-    Statement,
     polynomial_rate,
     power_law_constant,
 )

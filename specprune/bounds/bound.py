@@ -18,6 +18,7 @@ FloatArray = NDArray[np.float64]
 ORIGINAL = "original net"
 PRUNED = "pruned net"
 QUANTISED = "quantised pruned net"
+STOCHASTIC = "stochastic net"
 
 
 def check_number(
@@ -146,7 +147,8 @@ class Bound(Record):
         value: the bound itself; +inf is allowed and says nothing.
         terms: named additive parts, such as empirical, bias, variance, confidence.
         confidence: probability 1 - delta with which the bound holds; None if it is deterministic.
-        covers: the network spoken of: "original net", "pruned net" or "quantised pruned net".
+        covers: the network spoken of: "original net", "pruned net", "quantised pruned net" or "stochastic net" (weights
+            drawn anew from the posterior for every example).
         loss: what is bounded: "0-1", "ramp(gamma)", "L2(P_n) output error".
         hypotheses: conditions, each with its measured value.
         trivial: the value from which on the bound says nothing (1 for error rates); None if there is none.

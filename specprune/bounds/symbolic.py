@@ -6,64 +6,16 @@ numeric function, which the tests compare with the code that the other modules r
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import sympy as sp
 
 from specprune.bounds.bound import check_count
-
-#: Where a statement's constants come from.
-DERIVED = "form after the source, constants derived here"
-STANDARD = "standard result, stated as in the source"
-RECALLED = "form recalled, not checked against the source's text; its constant is unknown, so it gives no number"
-
-
-@dataclass(frozen=True)
-class Statement:
-    """One theorem as a formula.
-
-    Attributes:
-        name: key in `STATEMENTS`.
-        title: one line in words.
-        expression: the inequality, quantity on the left or (for a sample size) bounded below on the right.
-        symbols: the formula's inputs, in the order that `lambdify` takes them.
-        assumptions: conditions in words.
-        source: publication and theorem.
-        provenance: where the form and the constants come from.
-        numeric: False where an unknown constant forbids numbers.
-    """
-
-    name: str
-    title: str
-    expression: sp.Rel
-    symbols: tuple[sp.Symbol, ...]
-    assumptions: tuple[str, ...]
-    source: str
-    provenance: str
-    numeric: bool = True
-
-    def latex(self) -> str:
-        """Return the inequality as LaTeX, without dollar signs."""
-        return sp.latex(self.expression)
-
-    def lambdify(self) -> Callable[..., float]:
-        """Return the right-hand side as a function of `symbols`, in NumPy.
-
-        Raises:
-            ValueError: if the statement has an unknown universal constant.
-        """
-        if not self.numeric:
-            raise ValueError(f"{self.name} has an unknown constant ({self.provenance}); use it for display only")
-        return sp.lambdify(self.symbols, self.expression.rhs, modules="numpy")
-
-
-def _positive(names: str) -> tuple[sp.Symbol, ...]:
-    return tuple(sp.symbols(names, positive=True, seq=True))
+from specprune.bounds.statement import DERIVED, RECALLED, STANDARD, Statement, positive
 
 
 def _power_law() -> Statement:
-    mu0, beta, lam = _positive("mu_0 beta lambda")
+    mu0, beta, lam = positive("mu_0 beta lambda")
     count = sp.Function("N")(lam)
     return Statement(
         "power_law_degrees_of_freedom",
@@ -77,7 +29,7 @@ def _power_law() -> Statement:
 
 
 def _sampling() -> list[Statement]:
-    count, samples, delta, ratio, c = _positive("N M delta rho c")
+    count, samples, delta, ratio, c = positive("N M delta rho c")
     tropp = "Tropp 2015, Theorem 7.7.1; Bach 2017 (JMLR 18), Prop. 1"
     common = ("J drawn independently from the leverage scores", "rho = lambda / mu_1", "conclusion: c <= 4")
     failure = sp.Function("P")(sp.Gt(c, 4, evaluate=False))
@@ -129,13 +81,13 @@ def approximation(depth: int = 3) -> Statement:
     Source: Suzuki et al. 2018/2020 (arXiv:1808.08558), Theorem 1, with an unnamed constant there; derived here.
     """
     check_count("depth", depth, low=2)
-    (norm,) = _positive("R")
-    lams = _positive(" ".join(f"lambda_{layer}" for layer in range(2, depth + 1)))
+    (norm,) = positive("R")
+    lams = positive(" ".join(f"lambda_{layer}" for layer in range(2, depth + 1)))
     total = sum(
         2 * norm * (sp.sqrt(sp.Rational(20, 3)) * norm) ** (depth - layer) * sp.sqrt(lam)
         for layer, lam in enumerate(lams, start=2)
     )
-    (error,) = _positive("e")
+    (error,) = positive("e")
     return Statement(
         "approximation",
         f"Output error of the pruned network, {depth} layers",
@@ -153,7 +105,7 @@ def approximation(depth: int = 3) -> Statement:
 
 
 def _occam() -> Statement:
-    error, code, n, delta, risk = _positive("r_n C n delta r")
+    error, code, n, delta, risk = positive("r_n C n delta r")
     return Statement(
         "occam_relaxed",
         "Error of a network that can be written in C nats",
@@ -170,7 +122,7 @@ def _occam() -> Statement:
 
 
 def _layer_symbols(depth: int) -> tuple[sp.Symbol, ...]:
-    return _positive(" ".join(f"{kind}_{layer}" for layer in range(1, depth + 1) for kind in ("W", "b", "s", "B")))
+    return positive(" ".join(f"{kind}_{layer}" for layer in range(1, depth + 1) for kind in ("W", "b", "s", "B")))
 
 
 def covering(depth: int = 2) -> Statement:
@@ -189,7 +141,7 @@ def covering(depth: int = 2) -> Statement:
     Source: derived here, after Suzuki et al. 2018/2020 (arXiv:1808.08558).
     """
     check_count("depth", depth)
-    ramp, error, gamma, n, delta, price, radius, risk = _positive("r_n e gamma n delta C D_x r")
+    ramp, error, gamma, n, delta, price, radius, risk = positive("r_n e gamma n delta C D_x r")
     symbols = _layer_symbols(depth)
     layers = [symbols[4 * k : 4 * k + 4] for k in range(depth)]
     epsilon = gamma / (sp.sqrt(2) * n)
@@ -227,7 +179,7 @@ def dudley(depth: int = 2) -> Statement:
     Source: Bartlett, Foster and Telgarsky 2017, Lemma A.5, for Dudley's constant; the rest derived here.
     """
     check_count("depth", depth)
-    ramp, error, gamma, n, delta, price, radius, count, s, b, risk = _positive("r_n e gamma n delta C D_x P s B r")
+    ramp, error, gamma, n, delta, price, radius, count, s, b, risk = positive("r_n e gamma n delta C D_x P s B r")
     reach, at = sp.Integer(0), radius
     for layer in range(1, depth + 1):
         reach += s ** (depth - layer) * (at + 1)
@@ -247,7 +199,7 @@ def dudley(depth: int = 2) -> Statement:
 
 
 def _published() -> Statement:
-    risk, ramp, d1, d2, constant, reach, tail = _positive("Psi Psi_n delta_1 delta_2 C_1 R_infty R_nt")
+    risk, ramp, d1, d2, constant, reach, tail = positive("Psi Psi_n delta_1 delta_2 C_1 R_infty R_nt")
     return Statement(
         "theorem_2_published",
         "Shape of the published generalization bound: bias delta_1 and variance delta_2",
@@ -299,7 +251,7 @@ def polynomial_rate() -> PolynomialRate:
 
     Source: rate of Suzuki et al. 2018/2020 (arXiv:1808.08558) up to logarithms; derived here.
     """
-    a, b, beta, n, m = _positive("a b beta n m")
+    a, b, beta, n, m = positive("a b beta n m")
     bias, variance = a * m ** (-1 / (2 * beta)), b * m / sp.sqrt(n)
     log_m = sp.Symbol("v", real=True)
     falling = sp.expand_log(sp.log(-sp.diff(bias, m)).subs(m, sp.exp(log_m)), force=True)
@@ -335,5 +287,5 @@ def power_law_constant() -> sp.Expr:
 
     Source: derived here.
     """
-    beta, u = _positive("beta u")
+    beta, u = positive("beta u")
     return sp.simplify(sp.integrate(beta * u ** (beta - 1) / (1 + u), (u, 0, sp.oo), conds="none"))
