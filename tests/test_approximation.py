@@ -87,6 +87,7 @@ def assert_order(found):
     """Check measured <= certificate <= a priori wherever the hypotheses hold; return the certificate's looseness."""
     certificate = found.certificate.value
     assert found.measured <= certificate
+    assert found.measured <= found.layerwise.value
     if found.a_priori is not None:
         assert found.a_priori_measured.valid
         assert certificate <= found.a_priori_measured.value * (1 + 1e-9)
@@ -249,7 +250,11 @@ def test_only_the_theorems_network_has_an_a_priori_bound(reconstruction):
     found = approximation(model, prune(model, [x], 0.5, reconstruction=reconstruction), [x])
     assert found.a_priori is None
     assert found.a_priori_measured is None
-    assert [row["quantity"] for row in found.to_records()] == ["measured", "certificate"]
+    assert [row["quantity"] for row in found.to_records()] == [
+        "measured",
+        "layer-by-layer certificate",
+        "certificate from moments",
+    ]
 
 
 def test_moments_of_something_else_are_refused():
@@ -297,11 +302,12 @@ def test_records_json_and_text():
     assert loaded["samples"] == 20
     assert [row["quantity"] for row in loaded["records"]] == [
         "measured",
-        "certificate",
+        "layer-by-layer certificate",
+        "certificate from moments",
         "a priori, measured c and s",
         "a priori",
     ]
-    assert loaded["records"][1]["relative"] == pytest.approx(found.certificate.value / found.output_norm)
+    assert loaded["records"][2]["relative"] == pytest.approx(found.certificate.value / found.output_norm)
     assert str(found).startswith("approximation error over 20 samples")
     assert all(row["quantity"] in str(found) for row in found.to_records())
 
@@ -318,11 +324,14 @@ def test_the_certificate_is_tight_on_a_trained_network(digits):
     model, data = digits
     moments = patch_moments(model, data, ["fc1", "fc2", "fc3", "fc4"])
     channel = collect_moments(model, data)
-    looseness = []
-    for keep in KEEP_GRID:
+    looseness, layerwise = [], []
+    for keep in KEEP_GRID[:-1]:
         pruned = prune(model, data, keep, allocation="dof", reconstruction="channel", moments=channel)
-        looseness.append(assert_order(approximation(model, pruned, data, moments=moments)))
+        found = approximation(model, pruned, data, moments=moments)
+        looseness.append(assert_order(found))
+        layerwise.append(found.layerwise.value / found.measured)
     assert np.median(looseness) < 5
+    assert np.median(layerwise) < 2
 
 
 def test_the_theorems_own_draw_on_a_trained_network(digits):

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from specprune.analysis import ChainLayer, carried_error, trace_chain
-from specprune.analysis.propagation import _operator_norm
+from specprune.analysis.propagation import layer_gain
 from specprune.compress import CalibrationData
 
 SLOPES = {
@@ -191,7 +191,7 @@ def convolution_layers(kernel, stride, padding, dilation, seed, size=6):
     [(1, 1, 0, 1), (3, 1, 1, 1), (3, 2, 1, 1), (2, 2, 0, 1), (3, 2, 2, 2), (3, 1, 0, 2), ((1, 3), (2, 1), (0, 1), 1)],
 )
 @pytest.mark.parametrize("seed", [0, 1])
-def test_operator_norm_of_convolutions(kernel, stride, padding, dilation, seed):
+def testlayer_gain_of_convolutions(kernel, stride, padding, dilation, seed):
     layers, matrix = convolution_layers(kernel, stride, padding, dilation, seed)
     generator = np.random.default_rng(seed)
     pixels = layers[1].positions_in, layers[1].positions_out
@@ -199,7 +199,7 @@ def test_operator_norm_of_convolutions(kernel, stride, padding, dilation, seed):
         columns, rows = (np.exp(spread * generator.normal(size=size)) for size in (3, 2))
         weighted = np.sqrt(rows).repeat(pixels[1])[:, None] * matrix / np.sqrt(columns).repeat(pixels[0])
         bound = float(
-            _operator_norm(
+            layer_gain(
                 torch.from_numpy(layers[1].weight), torch.from_numpy(rows), torch.from_numpy(columns), layers[1]
             )
         )
@@ -218,7 +218,7 @@ def test_flattened_maps_share_their_node_weight():
     layers = trace_chain(model, CalibrationData([torch.zeros(2, 1, 3, 3, dtype=torch.float64)]))
     columns = np.array([1e-6, 1.0, 1e6])
     weight = torch.from_numpy(generator.normal(size=(4, 12, 1)))
-    found = _operator_norm(weight, torch.ones(4, dtype=torch.float64), torch.from_numpy(columns), layers[1])
+    found = layer_gain(weight, torch.ones(4, dtype=torch.float64), torch.from_numpy(columns), layers[1])
     by_node = weight[:, :, 0].numpy().reshape(4, 3, 4) / np.sqrt(columns)[None, :, None]
     assert float(found) == pytest.approx(np.linalg.norm(by_node.reshape(4, 12), 2), rel=1e-12)
 

@@ -14,6 +14,7 @@ from torch import nn
 from specprune._records import format_table, to_json
 from specprune.analysis.chain import ChainLayer, trace_chain
 from specprune.analysis.evaluation import DoubleBatches, double_batch, double_copy
+from specprune.analysis.layerwise import layerwise_certificate
 from specprune.analysis.propagation import carried_error
 from specprune.bounds.bound import Bound, Hypothesis
 from specprune.bounds.degrees_of_freedom import degrees_of_freedom, eigenvalues
@@ -35,6 +36,8 @@ class Approximation:
         measured: what it is on the data.
         output_norm: ||f||_n on the data.
         certificate: upper bound from the moments of the original network's layers and the pruned weights.
+        layerwise: upper bound from the error that each pruned layer alone makes on the original network's activations,
+            measured; usually the tighter one.
         a_priori: the theorem's bound with c <= 4, s <= 5/3; None unless the net was made in the theorem's way.  One of
             its hypotheses is that the net was pruned on these very samples, which lambda, c and s are about.
         a_priori_measured: the same with the measured c and s, valid for every J; None likewise.
@@ -44,6 +47,7 @@ class Approximation:
     measured: float
     output_norm: float
     certificate: Bound
+    layerwise: Bound
     a_priori: Bound | None
     a_priori_measured: Bound | None
     samples: int
@@ -52,7 +56,8 @@ class Approximation:
         """Return one record a quantity: its value, relative to ||f||_n, and whether its hypotheses hold."""
         rows: list[tuple[str, float, bool]] = [
             ("measured", self.measured, True),
-            ("certificate", self.certificate.value, self.certificate.valid),
+            ("layer-by-layer certificate", self.layerwise.value, self.layerwise.valid),
+            ("certificate from moments", self.certificate.value, self.certificate.valid),
         ]
         if self.a_priori_measured is not None:
             rows.append(("a priori, measured c and s", self.a_priori_measured.value, self.a_priori_measured.valid))
@@ -81,10 +86,10 @@ def approximation(
 ) -> Approximation:
     """Return measured distance, certificate and a-priori bound of a pruned chain network.
 
-    The certificate holds for any weights of the pruned network, however they were found.  It sums over the layers
-    the error that each makes on the ORIGINAL inputs (exact from their second moments), carried to the output by
-    `carried_error`.  Networks are run in float64 and the certificate is rounded up, so that it holds to the last digit
-    where the error is as small as the rounding of float32.
+    Both certificates hold for any weights of the pruned network, however they were found.  The one from moments sums
+    over the layers the error that each makes on the ORIGINAL inputs (exact from their second moments), carried to the
+    output by `carried_error`.  Networks are run in float64 and the certificates are rounded up, so that they hold to
+    the last digit where the error is as small as the rounding of float32.
 
     Args:
         model: the original network.
@@ -106,12 +111,14 @@ def approximation(
     measured, output_norm, samples = output_distance(model, pruned.model, data)
     _check_moments(moments, before, samples)
     certificate = _certificate(before, after, pruned, moments, output_norm)
+    kept = {group.consumer: pruned.nodes[group.name].indices for group in pruned.groups}
+    layerwise = layerwise_certificate(model, pruned.model, kept, data, output_norm)
     theory = measured_constants = None
     if pruned.report.settings["reconstruction"] == "channel":
         same = _same_data(pruned, moments)
         theory = _a_priori(before, pruned, output_norm, "theory", same)
         measured_constants = _a_priori(before, pruned, output_norm, "measured", same)
-    return Approximation(measured, output_norm, certificate, theory, measured_constants, samples)
+    return Approximation(measured, output_norm, certificate, layerwise, theory, measured_constants, samples)
 
 
 def patch_moments(model: nn.Module, data: CalibrationData, layers: Sequence[str]) -> Moments:

@@ -41,6 +41,7 @@ class ChainLayer:
         overlap: how many patches an input pixel is in, at most.
         lipschitz: of everything between this layer and the next.
         elementwise: whether all of that acts on single numbers and never decreases (ReLU and the like).
+        identity: whether all of that only reshapes.
     """
 
     name: str
@@ -51,6 +52,7 @@ class ChainLayer:
     overlap: int
     lipschitz: float
     elementwise: bool
+    identity: bool = False
 
     @property
     def slots(self) -> int:
@@ -109,6 +111,7 @@ def trace_chain(model: nn.Module, data: CalibrationData) -> tuple[ChainLayer, ..
                 layers[-1],
                 lipschitz=layers[-1].lipschitz * factor,
                 elementwise=layers[-1].elementwise and elementwise,
+                identity=layers[-1].identity and _reshapes(node, module),
             )
         elif factor > 1:
             raise ValueError(f"{node.name!r} may enlarge the inputs before the first layer, which is not covered")
@@ -147,10 +150,10 @@ def _layer(name: str, module: nn.Module, inputs: torch.Size, outputs: torch.Size
         for axis in (0, 1):
             overlap *= _overlap(module.kernel_size[axis], module.stride[axis], module.dilation[axis])
         matrix = weight.flatten(2).numpy()
-        return ChainLayer(name, matrix, shift, inputs[2] * inputs[3], outputs[2] * outputs[3], overlap, 1.0, True)
+        return ChainLayer(name, matrix, shift, inputs[2] * inputs[3], outputs[2] * outputs[3], overlap, 1.0, True, True)
     if len(inputs) != 2:
         raise ValueError(f"layer {name!r} reads inputs of shape {tuple(inputs)}; expected (samples, features)")
-    return ChainLayer(name, weight.numpy()[:, :, None], shift, 1, 1, 1, 1.0, True)
+    return ChainLayer(name, weight.numpy()[:, :, None], shift, 1, 1, 1, 1.0, True, True)
 
 
 def _fold(layer: ChainLayer, norm: nn.Module) -> ChainLayer:
@@ -200,6 +203,13 @@ def _lipschitz(
         f"known here; the theory covers {sorted(plain.__name__ for plain in _PLAIN)}, LeakyReLU, ELU, Hardtanh around "
         "0, max and average pooling, and batch norm right behind a layer"
     )
+
+
+def _reshapes(node: fx.Node, module: nn.Module | None) -> bool:
+    """Return whether an operation that is covered leaves every number as it is, in evaluation mode."""
+    if module is not None:
+        return isinstance(module, nn.Identity | nn.Dropout | nn.Dropout2d | nn.Flatten)
+    return node.target in (torch.flatten, functional.dropout, "flatten")
 
 
 def _overlap(size: int, stride: int, dilation: int) -> int:

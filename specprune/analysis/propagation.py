@@ -79,7 +79,7 @@ def _bound(error: Tensor, steps: Sequence[tuple[Tensor, ChainLayer, ChainLayer]]
     rest = torch.zeros((), dtype=torch.float64)
     for k, (weight, old, new) in enumerate(steps):
         rows = logs[k + 1].exp() if k + 1 < len(logs) else torch.ones(len(weight), dtype=torch.float64)
-        gain = old.lipschitz * _operator_norm(weight, rows, logs[k].exp(), new)
+        gain = old.lipschitz * layer_gain(weight, rows, logs[k].exp(), new)
         if exact is None or not old.elementwise or old.positions_out > 1 or new.slots > 1:
             rest, known, exact = gain * (rest + known), torch.zeros((), dtype=torch.float64), None
             continue
@@ -90,7 +90,7 @@ def _bound(error: Tensor, steps: Sequence[tuple[Tensor, ChainLayer, ChainLayer]]
     return known + rest
 
 
-def _operator_norm(weight: Tensor, rows: Tensor, columns: Tensor, layer: ChainLayer) -> Tensor:
+def layer_gain(weight: Tensor, rows: Tensor, columns: Tensor, layer: ChainLayer) -> Tensor:
     """Return a bound on the norm of an affine layer's linear part between whole feature maps, in weighted norms.
 
     A convolution is at most sqrt(overlap) ||[W_1 ... W_s]||, since an input pixel is in `overlap` patches, and at most

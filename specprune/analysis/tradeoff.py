@@ -33,6 +33,7 @@ _COLUMNS = (
     "c_max",
     "s_max",
     "measured",
+    "layerwise",
     "certificate",
     "a_priori",
     "a_priori_holds",
@@ -49,9 +50,10 @@ _COLUMNS = (
 class TradeoffPoint:
     """One pruned network on the curve.
 
-    `measured` is ||f - f#||_n in logit units, `certificate` and `a_priori` are bounds on it; `bias`, `variance` and
-    `bound` are error rates (Theorem A: bias is the training error of the pruned, rounded network, variance what its
-    length costs); `margin_*` are the terms of the covering bound (Theorem C), error rates too, usually above 1.
+    `measured` is ||f - f#||_n in logit units; `layerwise`, `certificate` and `a_priori` are bounds on it; `bias`,
+    `variance` and `bound` are error rates (Theorem A: bias is the training error of the pruned, rounded network,
+    variance what its length costs); `margin_*` are the terms of the covering bound (Theorem C), error rates too,
+    usually above 1.
 
     Args:
         flops_kept: fraction of the FLOPs kept.
@@ -62,6 +64,7 @@ class TradeoffPoint:
         c_max: largest c over the groups; the a-priori bound with theory constants asks for c <= 4.
         s_max: largest s over the groups; it asks for s <= 5/3.
         measured: ||f - f#||_n on the training set.
+        layerwise: its bound from measured errors of single layers.
         certificate: its bound from moments.
         a_priori: its bound from lambda and norms with c <= 4 and s <= 5/3; None for other reconstructions.
         a_priori_holds: whether the hypotheses of `a_priori` hold.
@@ -88,6 +91,7 @@ class TradeoffPoint:
     c_max: float
     s_max: float
     measured: float
+    layerwise: float
     certificate: float
     a_priori: float | None
     a_priori_holds: bool | None
@@ -396,6 +400,7 @@ def _point(
         c_max=max(entry.c for entry in report.groups),
         s_max=max(entry.s for entry in report.groups),
         measured=distance.measured,
+        layerwise=distance.layerwise.value,
         certificate=distance.certificate.value,
         a_priori=None if a_priori is None else a_priori.value,
         a_priori_holds=None if a_priori is None else a_priori.valid,

@@ -19,17 +19,17 @@ from specprune.figures.style import (
     numbers,
 )
 
-_COLUMNS = ("flops_kept", "measured", "certificate", "a_priori", "a_priori_holds", "c_max", "s_max")
+_COLUMNS = ("flops_kept", "measured", "layerwise", "certificate", "a_priori", "a_priori_holds", "c_max", "s_max")
 
 
 def compute(setting: FigureSetting) -> dict[str, Any]:
-    """Return measured error, certificate and a-priori bound of every network on the trade-off curve.
+    """Return measured error, certificates and a-priori bound of every network on the trade-off curve.
 
     Args:
         setting: network and data.
 
     Returns:
-        "label", "output_norm" ||f||_n, "samples", and "points": FLOPs kept, the three errors in logit units, and
+        "label", "output_norm" ||f||_n, "samples", and "points": FLOPs kept, the errors in logit units, and
         whether the theorem's hypotheses c <= 4 and s <= 5/3 hold.
     """
     curve = setting.curve
@@ -53,11 +53,15 @@ def draw(data: dict[str, Any]) -> Figure:
         kept = numbers(point["flops_kept"] for point in points)
         relative = {
             name: numbers(point[name] for point in points) / data["output_norm"]
-            for name in ("measured", "certificate", "a_priori")
+            for name in ("measured", "layerwise", "certificate", "a_priori")
         }
-        for name, role in (("measured", "test"), ("certificate", "bound")):
-            shown = relative[name] > 0
-            ax.plot(kept[shown], relative[name][shown], label=name, **ROLES[role])
+        shown = relative["measured"] > 0
+        for name, role, label in (
+            ("measured", "test", "measured"),
+            ("layerwise", "bias", "certificate, layer by layer"),
+            ("certificate", "bound", "certificate, moments"),
+        ):
+            ax.plot(kept[shown], relative[name][shown], label=label, **ROLES[role])
         ax.axhline(1.0, label=r"$f^\sharp = 0$", **REFERENCE)
         holds = np.array([point["a_priori_holds"] is True for point in points])
         promise = {key: value for key, value in ROLES["variance"].items() if key != "marker"}
