@@ -64,16 +64,17 @@ class HeadAttention(nn.Module):
                 "HeadAttention has no extra key and value: got an nn.MultiheadAttention with add_bias_kv="
                 f"{attention.bias_k is not None}, add_zero_attn={attention.add_zero_attn}, expected both False"
             )
-        twin = cls(
-            attention.embed_dim,
-            attention.num_heads,
-            attention.head_dim,
-            attention.dropout,
-            attention.in_proj_bias is not None,
-            attention.kdim,
-            attention.vdim,
-            attention.batch_first,
-        )
+        with torch.device("meta"):  # no weights are drawn, which would move the caller's random numbers
+            twin = cls(
+                attention.embed_dim,
+                attention.num_heads,
+                attention.head_dim,
+                attention.dropout,
+                attention.in_proj_bias is not None,
+                attention.kdim,
+                attention.vdim,
+                attention.batch_first,
+            )
         if attention._qkv_same_embed_dim:
             weights = attention.in_proj_weight.chunk(3)
         else:
@@ -238,7 +239,8 @@ def _twin(module: nn.Module) -> nn.Module | None:
     if (type(module).__module__, type(module).__name__) != ("transformers.pytorch_utils", "Conv1D"):
         return None
     weight, bias = module.get_parameter("weight"), module.get_parameter("bias")
-    layer = nn.Linear(*weight.shape)
+    inputs, outputs = weight.shape
+    layer = nn.Linear(inputs, outputs, bias=bias is not None, device="meta")
     _copy_into(layer, weight.T, bias)
     return layer.train(module.training)
 

@@ -41,6 +41,8 @@ def save_pruned(pruned: Pruned | nn.Module, path: str | os.PathLike[str]) -> Non
     changed = {(attribute.module, attribute.name) for group in groups for attribute in group.attributes}
     arrays, dtypes = {}, {}
     for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name!r} is a {type(tensor).__name__} in the state; only tensors can be saved")
         arrays[f"tensor:{name}"], dtypes[name] = _to_array(tensor)
     structure = {}
     for name, module in model.named_modules():
@@ -203,7 +205,7 @@ def _assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             continue
         new = made.get(id(old))
         if new is None or not torch.equal(new, tensor):
-            new = made[id(old)] = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+            new = made[id(old)] = nn.Parameter(tensor, requires_grad=old.requires_grad)
         module._parameters[key] = new
     for module in modules.values():
         if isinstance(module, RECURRENT):

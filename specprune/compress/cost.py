@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from specprune.compress.batches import CalibrationData, batch_size
@@ -121,8 +122,12 @@ def cost_model(model: nn.Module, data: CalibrationData, groups: Sequence[Group],
         for name, flops in counts.items():
             terms += _module_terms(model.get_submodule(name), float(flops), inputs.get(name, ()), outputs.get(name, ()))
         return CostModel(full, tuple(terms))
+    counted: set[int] = set()  # tied tensors count once, as in `count_params`
     for name, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in counted:
+                continue
+            counted.add(id(parameter))
             size, own = float(parameter.numel()), outputs.get(name, ())
             if parameter.dim() == 1:
                 terms.append(CostTerm(size, (), own))
@@ -135,6 +140,7 @@ def _shares(model: nn.Module, groups: Sequence[Group]) -> tuple[dict[str, Shares
     """Return which groups make up which share of each module's inputs and of its outputs."""
     inputs: dict[str, Shares] = {}
     outputs: dict[str, Shares] = {}
+    owners: dict[str, list[str]] = {}
     for group in groups:
         for entry in group.consumers:
             module = model.get_submodule(entry.module)
@@ -144,8 +150,9 @@ def _shares(model: nn.Module, groups: Sequence[Group]) -> tuple[dict[str, Shares
             share = entry.index.size / _output_width(model.get_submodule(entry.module))
             outputs[entry.module] = (*outputs.get(entry.module, ()), (group.name, share))
         if group.kind == "heads":  # the attention itself, counted where the projections are
-            owner = group.producers[0].module.rpartition(".")[0]
-            outputs.setdefault(owner, ((group.name, 1.0),))
+            owners.setdefault(group.producers[0].module.rpartition(".")[0], []).append(group.name)
+    for owner, names in owners.items():
+        outputs.setdefault(owner, tuple((name, 1.0 / len(names)) for name in names))
     return inputs, outputs
 
 
@@ -191,7 +198,8 @@ def module_flops(model: nn.Module, data: CalibrationData) -> dict[str, int]:
     for name, module in call.model.named_modules():
         if isinstance(module, RECURRENT):
             module.register_forward_pre_hook(_recurrent_counter(name, recurrent))
-    with counter, torch.enable_grad():  # without gradients transformers take a path that the counter does not see
+    # Without gradients transformers take a path that the counter does not see, nor does it see attention in one kernel.
+    with counter, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         call(batch)
     counts = {path: sum(by_operation.values()) for path, by_operation in counter.get_flop_counts().items()}
     names = {f"_Call.model.{name}": name for name, _ in call.model.named_modules() if name}

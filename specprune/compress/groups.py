@@ -19,7 +19,7 @@ from specprune.compress.coupling import coupled_groups
 from specprune.compress.heads import head_groups
 from specprune.compress.recurrent_groups import recurrent_groups
 from specprune.compress.surgery import Group, Skipped, mask_nodes, prepare, remove_nodes
-from specprune.compress.tracing import Trace, map_tensors, small_batch, trace
+from specprune.compress.tracing import Trace, map_tensors, noisy_batch, small_batch, trace
 
 logger = logging.getLogger(__name__)
 
@@ -47,30 +47,39 @@ class Structure:
         return prepare(model, self.groups).eval()
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def find_groups(model: nn.Module, data: CalibrationData) -> Structure:
     """Return the sets of nodes of a network that can be removed, and what cannot, with the reason.
 
     Nodes that are added, multiplied or carried together form one group; a group may have several producers and
     consumers.  Every group is checked numerically: in a copy half of its units are removed, in another the consumers'
-    weights on the same units are set to zero, and both must give the same outputs.  What fails is left whole.
+    weights on the same units are set to zero, and both must give the same outputs, on samples and on noise.  What fails
+    is left whole.
 
     Args:
         model: any network; left as it is.
-        data: calibration data; two samples of the first batch are run.
+        data: calibration data, samples along the first axis of every tensor; two of the first batch are run.
 
     Raises:
         ValueError: nothing can be pruned (every reason is given), a mismatch of device or dtype, or NaN in the data.
         TypeError: the model returns something else than one tensor.
     """
-    batch = small_batch(data.first(model))
+    if hasattr(model, "_orig_mod"):
+        raise ValueError("the model is compiled by torch.compile: pass model._orig_mod, and compile what comes back")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("the model is a ScriptModule, whose layers cannot be changed: pass the module it was made from")
+    whole_batch = data.first(model)
+    batch = small_batch(whole_batch)
     work, seen = _replaced(model, data, batch)
-    heads, skipped = head_groups(work, data, batch, seen, lambda group: _removal_fault(work, data, batch, [group]))
-    hidden, whole = recurrent_groups(work, data, batch, seen, lambda group: _removal_fault(work, data, batch, [group]))
+    checks = check_batches(work, data, whole_batch)
+    heads, skipped = head_groups(work, data, batch, seen, lambda group: _removal_fault(work, data, checks, [group]))
+    hidden, whole = recurrent_groups(work, data, batch, seen, lambda group: _removal_fault(work, data, checks, [group]))
     skipped += whole
     taken = {entry.module for group in (*heads, *hidden) for entry in group.producers}
     taken |= {entry.name for entry in skipped}  # whose reason is told already
     coupled, whole = coupled_groups(work, data, batch, seen, taken)
-    checked, failed = _self_check(work, data, batch, [*heads, *hidden, *coupled])
+    checked, failed = _self_check(work, data, checks, [*heads, *hidden, *coupled])
     skipped += [*whole, *failed]
     if not checked:
         listed = "\n  ".join(f"{entry.name}: {entry.reason}" for entry in skipped) or "no layer feeds another one"
@@ -104,15 +113,15 @@ def _replaced(model: nn.Module, data: CalibrationData, batch: Any) -> tuple[nn.M
 
 @torch.no_grad()
 def _self_check(
-    model: nn.Module, data: CalibrationData, batch: Any, groups: Sequence[Group]
+    model: nn.Module, data: CalibrationData, batches: Sequence[Any], groups: Sequence[Group]
 ) -> tuple[list[Group], list[Skipped]]:
     """Return the groups for which removing and zeroing agree, one by one and all together, and the others."""
-    if not groups or not _removal_fault(model, data, batch, groups):
+    if not groups or not _removal_fault(model, data, batches, groups):
         return list(groups), []
     good: list[Group] = []
     failed: list[Skipped] = []
     for group in groups:  # together with those that passed, so that what is left is right as a whole
-        fault = _removal_fault(model, data, batch, [*good, group])
+        fault = _removal_fault(model, data, batches, [*good, group])
         if fault:
             failed.append(Skipped(group.name, fault))
         else:
@@ -120,7 +129,7 @@ def _self_check(
     return good, failed
 
 
-def _removal_fault(model: nn.Module, data: CalibrationData, batch: Any, groups: Sequence[Group]) -> str:
+def _removal_fault(model: nn.Module, data: CalibrationData, batches: Sequence[Any], groups: Sequence[Group]) -> str:
     """Return why removing nodes is not what zeroing their readers is, or "" if it is the same.
 
     Two patterns are tried, because either alone may be blind to a reordering.
@@ -128,7 +137,7 @@ def _removal_fault(model: nn.Module, data: CalibrationData, batch: Any, groups: 
     label = [group.name for group in groups][-1]
     for pattern in (_first_half, _every_second):
         try:
-            error = _pattern_error(model, data, batch, groups, pattern)
+            error = _pattern_error(model, data, batches, groups, pattern)
         except Exception as problem:  # the network's own code may fail in any way when a shape is not what it expects
             return f"the network does not run after removing nodes of {label!r}: {type(problem).__name__}: {problem}"
         if not error <= 1:
@@ -151,14 +160,33 @@ def _every_second(width: int) -> np.ndarray:
 def _pattern_error(
     model: nn.Module,
     data: CalibrationData,
-    batch: Any,
+    batches: Sequence[Any],
     groups: Sequence[Group],
     pattern: Callable[[int], np.ndarray],
 ) -> float:
     keep = {group.name: pattern(group.width) for group in groups}
     zeroed = copy.deepcopy(model).eval()
     mask_nodes(zeroed, groups, keep)
-    return agreement_error(remove_nodes(model, groups, keep).eval(), zeroed, data, batch)
+    small = remove_nodes(model, groups, keep).eval()
+    return max(agreement_error(small, zeroed, data, batch) for batch in batches)
+
+
+@torch.no_grad()
+def check_batches(model: nn.Module, data: CalibrationData, batch: Any) -> list[Any]:
+    """Return what networks are compared on: two samples of a batch, and noise if the model can take it.
+
+    Args:
+        model: the network.
+        data: how to call it.
+        batch: the batch.
+    """
+    found, noise = [small_batch(batch)], noisy_batch(batch)
+    try:
+        (outputs,) = _outputs((model,), data, noise)
+    except Exception:  # the network's own code may refuse what is no sample in any way
+        logger.debug("the network does not run on noise", exc_info=True)
+        return found
+    return [*found, noise] if bool(torch.isfinite(outputs).all()) else found
 
 
 @torch.no_grad()

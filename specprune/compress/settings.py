@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -39,6 +40,7 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        self._check_types()
         for label, value, allowed in (
             ("measure", self.measure, BUDGETS),
             ("allocation", self.allocation, ALLOCATIONS),
@@ -73,3 +75,23 @@ class Settings:
             raise ValueError(f"round_to={self.round_to}: expected a whole number of at least 1 (8 suits accelerators)")
         if not isinstance(self.distill_steps, int | np.integer) or self.distill_steps < 0:
             raise ValueError(f"distill_steps={self.distill_steps}: expected a number of steps, 0 for none")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed}: expected a whole number from 0 to 2**63 - 1")
+
+    def _check_types(self) -> None:
+        for label, value, kind, what in (
+            ("keep", self.keep, numbers.Real, "a fraction such as 0.3"),
+            ("theta", self.theta, numbers.Real, "a number between 0 and 1"),
+            ("lam", self.lam, numbers.Real, "a positive number"),
+            ("ridge", self.ridge, numbers.Real, "a number that is not negative"),
+            ("positions", self.positions, numbers.Integral, "a whole number, or None for all"),
+            ("seed", self.seed, numbers.Integral, "a whole number"),
+        ):
+            optional = label in ("keep", "positions") and value is None
+            if not optional and (isinstance(value, bool) or not isinstance(value, kind)):
+                raise TypeError(f"{label}={value!r}: expected {what}")
+        if self.widths is not None and not isinstance(self.widths, Mapping):
+            raise TypeError(f"widths={self.widths!r}: expected a mapping from group names to numbers of units")
+        for name, width in (self.widths or {}).items():
+            if isinstance(width, bool):
+                raise TypeError(f"widths[{name!r}]={width!r}: expected a whole number of units")

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from specprune.bounds.degrees_of_freedom import degrees_of_freedom
@@ -21,7 +22,7 @@ from specprune.compress.context import Context, make_context, propose_units
 from specprune.compress.cost import count_params, group_params, module_flops
 from specprune.compress.distillation import distill
 from specprune.compress.distributed import check_same_weights, decided_by_first, first_of, share_weights
-from specprune.compress.groups import agreement_error, find_groups
+from specprune.compress.groups import agreement_error, check_batches, find_groups
 from specprune.compress.latency import Latency, measure_latency
 from specprune.compress.moments import Moments, check_finite_weights
 from specprune.compress.planning import make_plan, predicted_curves
@@ -32,7 +33,6 @@ from specprune.compress.selection import NodeStatistics, information_losses
 from specprune.compress.settings import Settings
 from specprune.compress.statistics import kept_inputs
 from specprune.compress.surgery import RECURRENT, Group, mask_nodes, remove_nodes
-from specprune.compress.tracing import small_batch
 
 _DRAWS = 10  # a draw is good with probability at least 1/5, so that ten fail with probability 0.8^10 = 0.11 at most
 _DEAD_WEIGHT = 1e-12
@@ -110,7 +110,7 @@ def prune(
     """
     settings = Settings(
         keep,
-        None if widths is None else dict(widths),
+        dict(widths) if isinstance(widths, Mapping) else widths,
         measure,
         allocation,
         selection,
@@ -155,12 +155,17 @@ def prune_sweep(
         ValueError: as in `prune`; or no budget is given.
         TypeError: an argument that `prune` does not know.
     """
+    if isinstance(keeps, str | bytes) or not isinstance(keeps, Sequence):
+        raise TypeError(f"keeps={keeps!r}: expected a list of fractions to keep, for example [0.5, 0.3]")
+    if "keep" in settings or "widths" in settings:
+        raise TypeError("prune_sweep takes its budgets from keeps; leave out keep and widths, or call prune")
     if not keeps:
         raise ValueError("keeps is empty: give at least one fraction to keep, for example [0.5, 0.3]")
     checked = [Settings(keep=keep, **settings) for keep in keeps]
     return _prune_to(model, batches, list(keeps), checked[0], moments, scores, forward, latency)
 
 
+@torch.inference_mode(False)
 def _prune_to(
     model: nn.Module,
     batches: Iterable[Any] | CalibrationData,
@@ -172,6 +177,8 @@ def _prune_to(
     latency: bool,
 ) -> list[Pruned]:
     start = time.perf_counter()
+    if moments is not None and not isinstance(moments, Moments):
+        raise TypeError(f"moments is a {type(moments).__name__}, expected Moments from collect_moments")
     check_finite_weights(model)
     check_same_weights(model)
     data = batches if isinstance(batches, CalibrationData) else CalibrationData(batches, forward)
@@ -281,7 +288,8 @@ def _cut(context: Context, work: nn.Module, chosen: Mapping[str, WeightedNodes])
         RuntimeError: the smaller network computes something else.
     """
     small = remove_nodes(work, context.structure.groups, {name: nodes.indices for name, nodes in chosen.items()})
-    error = agreement_error(small, work, context.data, small_batch(context.data.first()))
+    batches = check_batches(work, context.data, context.data.first())
+    error = max(agreement_error(small, work, context.data, batch) for batch in batches)
     if not error <= 1:
         raise RuntimeError(
             f"the cut network and the prepared one disagree ({error:.3g} times what rounding explains); please report "

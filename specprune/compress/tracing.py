@@ -35,6 +35,25 @@ def small_batch(batch: Any) -> Any:
     return map_tensors(batch, lambda tensor: tensor[:2] if tensor.dim() else tensor)
 
 
+def noisy_batch(batch: Any) -> Any:
+    """Return the last two samples of a batch, with noise of the batch's size in place of real numbers.
+
+    Checks on it see what they would not see on samples that are blank.
+    """
+
+    def change(tensor: Tensor) -> Tensor:
+        if not tensor.dim():
+            return tensor
+        rows = tensor[-2:]
+        if not tensor.is_floating_point():
+            return rows
+        noise = torch.randn(rows.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        scale = float(tensor.double().square().mean().sqrt())
+        return (noise * (scale if 0 < scale < float("inf") else 1.0)).to(rows)
+
+    return map_tensors(batch, change)
+
+
 def map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """Return the batch with a function applied to every tensor in it."""
     if isinstance(batch, Tensor):
@@ -62,33 +81,45 @@ def trace(work: nn.Module, data: CalibrationData, batch: Any) -> Trace:
     order: list[str] = []
     outputs: dict[int, tuple[str, Tensor, int]] = {}
     direct: dict[str, str] = {}
+    runs: dict[str, int] = {}
+    bare: dict[str, tuple[Tensor, int]] = {}
     blocked = _fixed_modules(work)
     hooks = []
 
     def watch(name: str, module: nn.Module) -> None:
-        def after(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        def first(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+            if isinstance(output, Tensor):
+                bare[name] = output, _version(output)
+
+        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if name in order:
                 blocked.setdefault(name, f"{name!r} runs more than once in a forward pass")
             else:
                 order.append(name)
             if not args:
                 blocked.setdefault(name, f"{name!r} is called by keyword; call it with its input alone, layer(inputs)")
+            elif (kwargs or len(args) > 1) and not isinstance(module, (nn.MultiheadAttention, *RECURRENT)):
+                blocked.setdefault(name, f"{name!r} is called with more than its input; call it as layer(inputs)")
             elif isinstance(args[0], Tensor) and not bool(torch.isfinite(args[0]).all()):
                 raise ValueError(f"NaN or Inf in the inputs of layer {name!r}: check the data and the layers before it")
             if isinstance(output, Tensor):
                 # The tensor is kept, so that its id is not used again; its version tells if it was changed in place.
-                outputs[id(output)] = (name, output, output._version)
+                outputs[id(output)] = (name, output, _version(output))
+                if name in bare and (bare[name][0] is not output or bare[name][1] != _version(output)):
+                    blocked.setdefault(name, f"a forward hook of {name!r} changes its outputs: remove it first")
 
         def before(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            runs[name] = runs.get(name, 0) + 1
             if args and id(args[0]) in outputs:
                 source, tensor, version = outputs[id(args[0])]
-                if tensor._version == version:
+                if _version(tensor) == version:
                     direct[source] = name
 
         if isinstance(module, NORMS):
             hooks.append(module.register_forward_pre_hook(before))
         elif isinstance(module, LAYERS):
-            hooks.append(module.register_forward_hook(after))
+            hooks.append(module.register_forward_hook(first, prepend=True))
+            hooks.append(module.register_forward_hook(after, with_kwargs=True))
 
     for name, module in work.named_modules():
         watch(name, module)
@@ -104,9 +135,18 @@ def trace(work: nn.Module, data: CalibrationData, batch: Any) -> Trace:
             f"the model returned a {kind}, expected one tensor of real numbers: pass "
             "forward=callable(model, batch) that returns the tensor to preserve"
         )
+    for name, count in runs.items():
+        if count > 1:
+            blocked.setdefault(name, f"{name!r} runs more than once in a forward pass")
+            direct = {layer: norm for layer, norm in direct.items() if norm != name}
     for name in _used_twice(work, data, batch):
         blocked.setdefault(name, f"a tensor of {name!r} is used more than once in a forward pass (tied weights)")
     return Trace(order, direct, blocked)
+
+
+def _version(tensor: Tensor) -> int:
+    """Return how often a tensor was changed in place; tensors of the inference mode do not tell."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _fixed_modules(work: nn.Module) -> dict[str, str]:
@@ -121,6 +161,8 @@ def _fixed_modules(work: nn.Module) -> dict[str, str]:
                     f"{label!r} is frozen (requires_grad=False), and pruning would change it: call "
                     "requires_grad_(True) on a copy of the model first"
                 )
+            if parameter.is_complex():
+                blocked[name] = f"{label!r} is complex; only real weights are refitted"
             other = owners.setdefault(id(parameter), label)
             if other != label:
                 reason = f"{other!r} and {label!r} share one tensor; tied weights are not pruned"
