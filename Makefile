@@ -3,6 +3,8 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# The networks are small: more threads mostly wait for each other, for minutes if the machine does something else too.
+export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test test-all lint figures bench quality clean
 

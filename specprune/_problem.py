@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from specprune.compress.batches import batch_size
-from specprune.testbed import Dataset, load_checkpoint, load_dataset, randomize_labels
+from specprune.testbed import Dataset, build_network, load_checkpoint, load_dataset, randomize_labels
 
 BATCH = 1000
 
@@ -30,6 +30,7 @@ class Problem:
         input_radius: bound on the norm of every possible input, where it is known.
         label: what to call it in titles.
         dataset: the testbed's data set, if it is one.
+        initial: the network as it was before training, where that is known.
     """
 
     model: nn.Module
@@ -38,6 +39,7 @@ class Problem:
     input_radius: float | None
     label: str
     dataset: Dataset | None
+    initial: nn.Module | None = None
 
     def calibration(self, samples: int) -> list[Any]:
         """Return the first training batches, up to about `samples` samples."""
@@ -99,7 +101,8 @@ def load_problem(
                 )
             if data == recipe.data and recipe.random_labels > 0:  # bounds are about the labels it was trained on
                 dataset = randomize_labels(dataset, recipe.random_labels, recipe.label_seed)
-        return _from_dataset(net, dataset.to(target), label)
+        initial = None if model is not None else build_network(recipe.net, dataset, recipe.seed).eval().to(target)
+        return _from_dataset(net, dataset.to(target), label, initial)
     made = call_factory("--data", data)
     if isinstance(made, Dataset):
         return _from_dataset(net, made.to(target), label)
@@ -174,7 +177,13 @@ def _own_model(path: str, weights: str | os.PathLike[str] | None) -> nn.Module:
     return model
 
 
-def _from_dataset(model: nn.Module, dataset: Dataset, label: str) -> Problem:
+def _from_dataset(model: nn.Module, dataset: Dataset, label: str, initial: nn.Module | None = None) -> Problem:
     return Problem(
-        model, dataset.train_batches(BATCH), dataset.test_batches(BATCH), dataset.input_radius, label, dataset
+        model,
+        dataset.train_batches(BATCH),
+        dataset.test_batches(BATCH),
+        dataset.input_radius,
+        label,
+        dataset,
+        initial,
     )

@@ -212,10 +212,18 @@ def run_bounds(options: argparse.Namespace) -> None:
         problem.train,
         _prune(options, problem),
         problem.test,
+        reference=problem.initial,
         delta=options.delta,
         input_radius=options.input_radius or problem.input_radius,
+        seed=options.seed,
     )
     _show(options, "bounds", table)
+    write_text(options.out / "bounds.tex", table.to_latex())
+    _say(options, f"[{options.out / 'bounds.tex'}]")
+    from specprune.figures import bound_bars, save_figure  # draws; the other commands do without
+
+    for path in save_figure(bound_bars.draw(bound_bars.from_table(table, problem.label)), options.out / "bounds"):
+        _say(options, f"[{path}]")
 
 
 def run_tradeoff(options: argparse.Namespace) -> None:

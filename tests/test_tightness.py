@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from specprune import bound_table
 from specprune.analysis import BoundTable, occam_results, trace_chain
 from specprune.analysis.evaluation import collect_logits, error_rate
-from specprune.analysis.tightness import BITS, covering_bounds, input_norm, layer_sizes
+from specprune.analysis.coded import BITS
+from specprune.analysis.margin_bounds import covering_bounds, input_norm, layer_sizes
 from specprune.bounds import occam_bound, ramp_loss
 from specprune.compress import CalibrationData, prune
 from specprune.compress.coding import fold_batch_norms, quantise_network

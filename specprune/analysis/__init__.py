@@ -2,10 +2,11 @@
 
 from specprune.analysis.approximation import Approximation, approximation, output_distance
 from specprune.analysis.chain import ChainLayer, trace_chain
+from specprune.analysis.coded import OccamResult, occam_results
 from specprune.analysis.comparison import METHODS, Comparison, ComparisonPoint, compare
 from specprune.analysis.propagation import carried_error
 from specprune.analysis.spectra import LayerSpectrum, Spectra, layer_spectra
-from specprune.analysis.tightness import BoundTable, OccamResult, bound_table, occam_results
+from specprune.analysis.tightness import BoundTable, bound_table
 from specprune.analysis.tradeoff import Tradeoff, TradeoffPoint, tradeoff
 
 __all__ = [

@@ -19,7 +19,7 @@ from specprune.bounds.degrees_of_freedom import (
     leverage_scores,
 )
 from specprune.compress import Moments, collect_moments
-from specprune.compress.batches import Forward
+from specprune.compress.batches import CalibrationData, Forward
 
 LAMBDAS = (1e-2, 1e-4, 1e-6)
 
@@ -118,7 +118,7 @@ class Spectra(Mapping[str, LayerSpectrum]):
 
 def layer_spectra(
     model: nn.Module,
-    batches: Iterable[Any],
+    batches: Iterable[Any] | CalibrationData,
     layers: Sequence[str] | None = None,
     *,
     moments: Moments | None = None,

@@ -1,47 +1,49 @@
-"""Every generalization bound on one network: values, terms, hypotheses, and whether they say anything."""
+"""Every generalization bound of the field on one network: values, terms, hypotheses, and whether they say anything."""
 
 from __future__ import annotations
 
-import contextlib
-import copy
+import logging
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
-from specprune._records import format_table, to_json
+from specprune._records import format_table, format_value, to_json
 from specprune.analysis.approximation import output_distance
+from specprune.analysis.bound_bars import draw_bars
 from specprune.analysis.chain import ChainLayer, trace_chain
+from specprune.analysis.coded import OccamResult, coded_pac_bayes_bounds, occam_results
+from specprune.analysis.cushions import cushions
+from specprune.analysis.decay import measure_decay
 from specprune.analysis.evaluation import collect_logits, error_rate
-from specprune.bounds.bound import Bound, Hypothesis
-from specprune.bounds.covering import LayerSize, covering_bound, dudley_bound, ramp_loss
-from specprune.bounds.occam import occam_bound, occam_bound_relaxed
+from specprune.analysis.layer_norms import NetworkNorms, measure_norms
+from specprune.analysis.margin_bounds import (
+    coded_pair_bound,
+    covering_bounds,
+    input_norm,
+    low_rank_bounds,
+    norm_bounds,
+)
+from specprune.analysis.matrix_projection import matrix_projection
+from specprune.analysis.posterior import Posterior, posterior_certificate
+from specprune.bounds.bound import ORIGINAL, PRUNED, Bound
+from specprune.bounds.occam import occam_bound
+from specprune.bounds.test_set import clopper_pearson_bound
+from specprune.bounds.uncompressed import disagreement_bound
 from specprune.compress import CalibrationData, Pruned
-from specprune.compress.batches import Forward, StopForward
-from specprune.compress.coding import QuantisedNetwork, fold_batch_norms, quantise_network
+from specprune.compress.batches import Forward
+from specprune.compress.coding import fold_batch_norms
 
-BITS = (2, 3, 4, 5, 6, 8)
-MARGIN_EXPONENTS = tuple(range(-2, 11))
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
+logger = logging.getLogger(__name__)
 
-@dataclass(frozen=True)
-class OccamResult:
-    """Theorem A on one network rounded to some number of bits.
-
-    Args:
-        bound: on the 0-1 error of `network` (kl form).
-        complexity: sqrt((code length + ln(1/delta)) / (2n)); the bound is at most train_error + complexity.
-        network: the rounded network.
-        train_error: its error rate on the training set.
-    """
-
-    bound: Bound
-    complexity: float
-    network: QuantisedNetwork
-    train_error: float
+_TERMS = ("empirical", "bias", "variance", "confidence")
+_LATEX_COLUMNS = ("net", "bound", "value", *_TERMS, "test_error")
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class BoundTable:
         samples: size n of the training set.
         delta: the bounds hold each with probability at least 1 - delta over the draw of the training set.
         notes: which bounds are missing, and why.
+        measures: what was measured on the way, one record each: network, quantity, layer (or "all"), value.
     """
 
     bounds: tuple[tuple[str, Bound], ...]
@@ -63,13 +66,17 @@ class BoundTable:
     samples: int
     delta: float
     notes: tuple[str, ...] = ()
+    measures: tuple[dict[str, Any], ...] = ()
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one record a bound, sorted by value."""
+        """Return one record a bound, sorted by value.
+
+        "looseness" is (bound - training error) / (test error - training error), where that gap is positive.
+        """
         records = []
         for label, bound in sorted(self.bounds, key=lambda pair: pair[1].value):
-            dominant = max(bound.terms, key=lambda name: bound.terms[name])
-            test = self.test_errors.get(label)
+            test, train = self.test_errors.get(label), self.train_errors.get(label)
+            gap = None if test is None or train is None or test <= train else test - train
             records.append(
                 {
                     "net": label,
@@ -77,13 +84,15 @@ class BoundTable:
                     "value": bound.value,
                     "vacuous": bound.vacuous,
                     "hypotheses_hold": bound.valid,
-                    **{name: bound.terms.get(name) for name in ("empirical", "bias", "variance", "confidence")},
-                    "dominant": dominant,
+                    **{name: bound.terms.get(name) for name in _TERMS},
+                    "dominant": max(bound.terms, key=lambda name: bound.terms[name]),
+                    "looseness": None if gap is None or train is None else (bound.value - train) / gap,
                     "covers": bound.covers,
                     "loss": bound.loss,
-                    "train_error": self.train_errors[label],
+                    "train_error": train,
                     "test_error": test,
                     "theorem": bound.theorem,
+                    "source": bound.source,
                 }
             )
         return records
@@ -102,130 +111,47 @@ class BoundTable:
                     for label, bound in self.bounds
                     for h in bound.hypotheses
                 ],
+                "measures": self.measures,
             }
         )
 
+    def to_latex(self) -> str:
+        """Return the table as a LaTeX tabular: values, terms and test errors, vacuous values in grey.
+
+        It needs the package xcolor; bounds with a broken hypothesis carry a dagger.
+        """
+        rows = []
+        for record in self.to_records():
+            cells = []
+            for name in _LATEX_COLUMNS:
+                value = record[name]
+                cell = _latex(value) if isinstance(value, str) else format_value(value)
+                if name == "bound" and not record["hypotheses_hold"]:
+                    cell += r"$^\dagger$"
+                if name == "value" and record["vacuous"]:
+                    cell = rf"\textcolor{{gray}}{{{cell}}}"
+                cells.append(cell)
+            rows.append(" & ".join(cells) + r" \\")
+        head = " & ".join(_latex(name) for name in _LATEX_COLUMNS) + r" \\"
+        body = "\n".join(rows)
+        columns = "ll" + "r" * (len(_LATEX_COLUMNS) - 2)
+        return f"\\begin{{tabular}}{{{columns}}}\n\\hline\n{head}\n\\hline\n{body}\n\\hline\n\\end{{tabular}}\n"
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the bounds as bars on a logarithmic axis, with the line from which on they are vacuous.
+
+        Args:
+            ax: where to draw; a new figure if None.  Nothing is shown and no global setting is changed.
+
+        Returns:
+            The Axes.
+        """
+        return draw_bars(self.to_records(), ax)
+
     def __str__(self) -> str:
-        columns = ["net", "bound", "value", "vacuous", "hypotheses_hold", "empirical", "bias", "variance"]
-        columns += ["confidence", "test_error"]
+        columns = ["net", "bound", "value", "vacuous", "hypotheses_hold", *_TERMS, "looseness", "test_error"]
         title = f"bounds on the error rate, n = {self.samples}, each with probability {1 - self.delta:g}"
         return "\n".join([format_table(self.to_records(), columns, title), *self.notes])
-
-
-def occam_results(
-    model: nn.Module, train: CalibrationData, original_widths: Iterable[int], *, delta: float = 0.05
-) -> dict[int, OccamResult]:
-    """Return Theorem A's bound on a network rounded to 2, 3, ... bits a weight, by the number of bits.
-
-    The number of bits is part of the description whose length is paid for, so it may be chosen after the fact, and all
-    bounds hold at once with probability at least 1 - delta.
-
-    Args:
-        model: a classifier whose batch norms can be folded.
-        train: the labelled training set that the model was trained on.
-        original_widths: width of each prunable group before pruning (each costs its logarithm).
-        delta: allowed probability of failure.
-    """
-    folded = fold_batch_norms(model, train)
-    widths = list(original_widths)
-    results = {}
-    for bits in BITS:
-        network = quantise_network(folded, bits)
-        logits, targets = collect_logits(network.model, train, f"evaluating at {bits} bits")
-        error, length = error_rate(logits, targets), network.code_length(widths)
-        relaxed = occam_bound_relaxed(error, len(targets), length, delta)
-        results[bits] = OccamResult(
-            occam_bound(error, len(targets), length, delta), relaxed.value - error, network, error
-        )
-    return results
-
-
-def layer_sizes(layers: Iterable[ChainLayer]) -> list[LayerSize]:
-    """Return the layers of a chain as the covering bounds see them: counts and norms with the maps behind folded in.
-
-    A convolution's norm is sqrt(overlap) ||[W_1 ... W_s]||_op, a norm of its weights that bounds its operator norm.
-    """
-    return [
-        LayerSize(
-            weights=layer.weight.size,
-            biases=len(layer.bias),
-            operator_norm=layer.lipschitz
-            * math.sqrt(layer.overlap)
-            * float(np.linalg.norm(layer.weight.reshape(len(layer.weight), -1), ord=2)),
-            bias_norm=layer.lipschitz * math.sqrt(layer.positions_out) * float(np.linalg.norm(layer.bias)),
-        )
-        for layer in layers
-    ]
-
-
-def covering_bounds(
-    layers: Iterable[ChainLayer],
-    logits: np.ndarray,
-    targets: np.ndarray,
-    approximation_error: float,
-    *,
-    input_radius: float | None,
-    measured_radius: float,
-    original_widths: Iterable[int],
-    delta: float,
-) -> tuple[Bound, Bound]:
-    """Return Theorems B and C for a pruned network, at the margin on the priced grid that makes each smallest.
-
-    Args:
-        layers: of the pruned network.
-        logits: (n, classes) of the ORIGINAL network on the training set.
-        targets: (n,) true classes.
-        approximation_error: ||f - f#||_n on the training set; 0 for the original network itself.
-        input_radius: bound on ||x|| over all possible inputs; if None, `measured_radius` stands in, and the hypothesis
-            on it counts as not holding, for other inputs may be longer.
-        measured_radius: the largest ||x|| in the training set.
-        original_widths: width of each prunable group before pruning.
-        delta: allowed probability of failure.
-    """
-    sizes, widths = layer_sizes(layers), list(original_widths)
-    best: list[Bound] = []
-    for theorem in (covering_bound, dudley_bound):
-        candidates = [
-            theorem(
-                sizes,
-                input_radius=measured_radius if input_radius is None else input_radius,
-                n=len(targets),
-                gamma=2.0**exponent,
-                delta=delta,
-                empirical_ramp=ramp_loss(logits, targets, 2.0**exponent),
-                approximation_error=approximation_error,
-                original_widths=widths,
-                measured_radius=measured_radius,
-            )
-            for exponent in MARGIN_EXPONENTS
-        ]
-        best.append(min(candidates, key=lambda bound: bound.value))
-    if input_radius is None:
-        unproved = Hypothesis(f"||x|| <= D_x = {measured_radius:g} for every input (unproved)", measured_radius, False)
-        best = [replace(bound, hypotheses=(unproved,)) for bound in best]
-    return best[0], best[1]
-
-
-def input_norm(data: CalibrationData, model: nn.Module) -> float:
-    """Return the largest Euclidean norm of an input that the network is given for the data.
-
-    Raises:
-        TypeError: the network is called by keyword or with several inputs, which have no single norm.
-    """
-    work = copy.deepcopy(model).eval()
-    norms: list[float] = []
-
-    def stop(_: nn.Module, args: tuple[Any, ...]) -> None:
-        if len(args) != 1 or not isinstance(args[0], Tensor):
-            raise TypeError("the covering bounds need a network that is called with one tensor, model(inputs)")
-        norms.append(float(args[0].detach().flatten(1).double().norm(dim=1).max()))
-        raise StopForward
-
-    work.register_forward_pre_hook(stop)
-    for batch in data.passes(model, "measuring inputs"):
-        with contextlib.suppress(StopForward):
-            data.call(work, batch)
-    return max(norms)
 
 
 def bound_table(
@@ -234,28 +160,42 @@ def bound_table(
     pruned: Pruned | None = None,
     test: Iterable[Any] | None = None,
     *,
+    reference: nn.Module | None = None,
+    posterior: Posterior | None = None,
     delta: float = 0.05,
     input_radius: float | None = None,
     forward: Forward | None = None,
+    seed: int = 0,
 ) -> BoundTable:
     """Return every bound on one trained classifier, and on its pruned version, side by side.
 
-    Theorem A (Occam, kl) is about the network rounded to a few bits and is the number to quote; Theorems B (single
-    cover) and C (Dudley) are complexity measures that are nearly always vacuous, and then marked so.
+    - Written down in few bits: Theorem A (Occam, kl; the number to quote) on the rounded networks, the PAC-Bayes forms
+      on the same code, and Arora's matrix projection.
+    - From margins: Theorems B (one cover) and C (Dudley), Bartlett 2017, Golowich 2018, Neyshabur 2015, 2018 and 2019,
+      the original through the coded network (Theorem E) and through its weights cut to low rank.  They are complexity
+      measures that are nearly always vacuous, and then marked so.
+    - Stochastic: the certificate of a Gaussian posterior, if one is given.
+    - With a test set: Clopper-Pearson on its labels, the reference line, and the original through the coded network
+      (Theorem D), which reads the test inputs but not their labels.
+
+    Each bound holds by itself with probability 1 - delta; whoever quotes the smallest of several owes a union bound.
 
     Args:
-        model: a chain classifier.
+        model: a classifier; the bounds from margins need a chain.
         train: the labelled training set that the model was trained on, all of it.
         pruned: what `prune` made of the model.
-        test: a labelled test set to compare with.
+        test: a labelled test set to compare with, not used in training or pruning.
+        reference: a network of the same shape that was fixed before the data, such as the initialisation: the point
+            from which Bartlett's and Neyshabur's distances are measured; zero if None.
+        posterior: from `train_posterior`, on the same training set.
         delta: each bound fails with at most this probability.
         input_radius: bound on ||x|| over all possible inputs (for pixels in [0, 1]^d: sqrt(d)); if None, the largest
             norm in the training set is taken and reported as an unproved hypothesis, which does not hold.
         forward: optional `forward(model, batch)`.
+        seed: of the samples that Jacobians are measured on.
 
     Returns:
-        The table.  Where the network is not a chain of maps with known Lipschitz constants, or is not called with one
-        tensor, Theorems B and C are left out and a note says why.
+        The table.  What cannot be computed for this network is left out, and a note says why.
 
     Raises:
         ValueError: batch norms or buffers that cannot be folded, or unsuitable data.
@@ -263,43 +203,199 @@ def bound_table(
     """
     data = CalibrationData(train, forward)
     held_out = None if test is None else CalibrationData(test, forward)
-    logits, targets = collect_logits(model, data)
-    notes: list[str] = []
-    try:
-        trace_chain(model, data)
-        measured_radius = input_norm(data, model)
-    except (ValueError, TypeError) as reason:  # Theorem A needs neither the chain nor its norms
-        notes.append(f"no covering bounds: {reason}")
-    nets: list[tuple[str, nn.Module]] = [("original", model)]
-    if pruned is not None:
-        nets.append(("pruned", pruned.model))
+    work = _Work(data, held_out, delta, input_radius, seed)
     widths = [] if pruned is None else [group.width for group in pruned.groups]
-    rows: list[tuple[str, Bound]] = []
-    train_errors, test_errors = {}, {}
-    for label, net in nets:
-        train_errors[label] = error_rate(*collect_logits(net, data))
-        distance = 0.0 if net is model else output_distance(model, net, data)[0]
-        if held_out is not None:
-            test_errors[label] = error_rate(*collect_logits(net, held_out))
-        cost = widths if label == "pruned" else []
-        occam = min(occam_results(net, data, cost, delta=delta).values(), key=lambda result: result.bound.value)
-        rounded = f"{label}, {occam.network.bits} bits"
-        rows.append((rounded, occam.bound))
-        train_errors[rounded] = occam.train_error
-        if held_out is not None:
-            test_errors[rounded] = error_rate(*collect_logits(occam.network.model, held_out))
-        if notes:
-            continue
-        for bound in covering_bounds(
-            trace_chain(net, data),
-            logits,
-            targets,
-            distance,
-            input_radius=input_radius,
-            measured_radius=measured_radius,
-            original_widths=cost,
-            delta=delta,
-        ):
-            rows.append((label, bound))
-    ordered = tuple(sorted(rows, key=lambda pair: pair[1].value))
-    return BoundTable(ordered, train_errors, test_errors, len(targets), delta, tuple(notes))
+    original = work.net("original", model)
+    coded = work.coded(original, [])
+    nets: list[tuple[_Net, list[int]]] = [(original, [])]
+    if pruned is not None:
+        smaller = work.net("pruned", pruned.model)
+        coded = work.coded(smaller, widths)
+        nets.append((smaller, widths))
+    if held_out is not None:
+        work.through_the_code(original, coded)
+    for net, cost in nets:
+        work.from_margins(net, cost, original, reference if net is original else None, coded)
+    if posterior is not None:
+        work.add("posterior", posterior_certificate(posterior, data, delta=delta / 2, delta_draws=delta / 2))
+    ordered = tuple(sorted(work.rows, key=lambda pair: pair[1].value))
+    return BoundTable(
+        ordered,
+        work.train_errors,
+        work.test_errors,
+        len(original.targets),
+        delta,
+        tuple(work.notes),
+        tuple(work.measures),
+    )
+
+
+@dataclass(frozen=True)
+class _Coded:
+    """A network rounded to a few bits, with the length of its description in nats."""
+
+    label: str
+    result: OccamResult
+    length: float
+
+
+@dataclass(frozen=True)
+class _Net:
+    """A network with what it answers on the training set."""
+
+    label: str
+    model: nn.Module
+    logits: np.ndarray
+    targets: np.ndarray
+
+
+class _Work:
+    """Collects the rows of the table; what several bounds need is computed once."""
+
+    def __init__(
+        self,
+        data: CalibrationData,
+        held_out: CalibrationData | None,
+        delta: float,
+        input_radius: float | None,
+        seed: int,
+    ) -> None:
+        self.data, self.held_out, self.delta = data, held_out, delta
+        self.input_radius, self.seed = input_radius, seed
+        self.rows: list[tuple[str, Bound]] = []
+        self.train_errors: dict[str, float] = {}
+        self.test_errors: dict[str, float] = {}
+        self.notes: list[str] = []
+        self.measures: list[dict[str, Any]] = []
+
+    def add(self, label: str, *bounds: Bound) -> None:
+        self.rows += [(label, bound) for bound in bounds]
+
+    def measure(self, label: str, quantity: str, value: float | None, layer: str = "all") -> None:
+        self.measures.append({"net": label, "quantity": quantity, "layer": layer, "value": value})
+
+    def errors(self, label: str, model: nn.Module, train_error: float) -> tuple[int, int]:
+        """Note a network's errors; return how many of the test samples it gets wrong, and of how many."""
+        self.train_errors[label] = train_error
+        if self.held_out is None:
+            return 0, 0
+        logits, targets = collect_logits(model, self.held_out)
+        self.test_errors[label] = error_rate(logits, targets)
+        return int(np.sum(logits.argmax(axis=1) != targets)), len(targets)
+
+    def net(self, label: str, model: nn.Module) -> _Net:
+        """Run a network on the training set, and bound its error by the test set."""
+        logits, targets = collect_logits(model, self.data)
+        wrong, count = self.errors(label, model, error_rate(logits, targets))
+        if count:
+            covers = ORIGINAL if label == "original" else PRUNED
+            self.add(label, clopper_pearson_bound(wrong, count, self.delta, covers=covers))
+        return _Net(label, model, logits, targets)
+
+    def coded(self, net: _Net, widths: list[int]) -> _Coded:
+        """Add the bounds on the network written down in few bits."""
+        results = occam_results(net.model, self.data, widths, delta=self.delta)
+        best = min(results.values(), key=lambda result: result.bound.value)
+        label = f"{net.label}, {best.network.bits} bits"
+        length = best.network.code_length(widths)
+        self.add(label, best.bound, *coded_pac_bayes_bounds(best, len(net.targets), length, self.delta))
+        self.errors(label, best.network.model, best.train_error)
+        self.measure(label, "code length in bits", length / math.log(2))
+        projected = matrix_projection(net.model, self.data, original_widths=widths, delta=self.delta)
+        label_projected = f"{net.label}, sign matrices"
+        self.add(label_projected, projected.bound)
+        self.errors(label_projected, projected.model, projected.train_error)
+        return _Coded(label, best, length)
+
+    def through_the_code(self, original: _Net, coded: _Coded) -> None:
+        """Add Theorem D: the original's error is at most the coded network's and how often the two disagree."""
+        if self.held_out is None:
+            return
+        half = occam_bound(coded.result.train_error, len(original.targets), coded.length, self.delta / 2)
+        ours, _ = collect_logits(original.model, self.held_out)
+        theirs, _ = collect_logits(coded.result.network.model, self.held_out)
+        differing = int(np.sum(ours.argmax(axis=1) != theirs.argmax(axis=1)))
+        self.add("original", disagreement_bound(half, differing, len(ours), self.delta))
+        self.measure(coded.label, "disagreement with the original on test inputs", differing / len(ours))
+
+    def from_margins(
+        self,
+        net: _Net,
+        widths: list[int],
+        original: _Net,
+        reference: nn.Module | None,
+        coded: _Coded,
+    ) -> None:
+        """Add what needs a chain: covering, norm and low-rank bounds, and the measures behind them."""
+        try:
+            chain = trace_chain(net.model, self.data)
+            radius = input_norm(self.data, net.model)
+            norms = measure_norms(net.model, self.data, reference=reference)
+        except (ValueError, TypeError) as reason:  # Theorem A needs neither the chain nor its norms
+            self.notes.append(f"{net.label}: no bounds from margins: {reason}")
+            return
+        distance = 0.0 if net is original else output_distance(original.model, net.model, self.data)[0]
+        common: dict[str, Any] = {"input_radius": self.input_radius, "measured_radius": radius}
+        self.add(
+            net.label,
+            *covering_bounds(
+                chain,
+                original.logits,
+                original.targets,
+                distance,
+                original_widths=widths,
+                delta=self.delta,
+                **common,
+            ),
+        )
+        self._norm_bounds(net, norms, widths, ORIGINAL if net is original else PRUNED)
+        self._measures(net, norms)
+        if net is original:
+            self._of_the_original(net, chain, coded, common)
+
+    def _norm_bounds(self, net: _Net, norms: NetworkNorms, widths: list[int], covers: str) -> None:
+        # The pruned widths were chosen with the data: the bounds hold for all widths 1..m_l at once with these shares.
+        share = self.delta * math.exp(-math.fsum(math.log(width) for width in widths))
+        if 1 - share == 1:
+            self.notes.append(f"{net.label}: no norm bounds: the union over the widths leaves them no share of delta")
+            return
+        found = norm_bounds(norms, net.logits, net.targets, input_radius=self.input_radius, delta=share, covers=covers)
+        self.add(net.label, *(replace(bound, confidence=1 - self.delta) for bound in found))
+
+    def _of_the_original(self, net: _Net, chain: tuple[ChainLayer, ...], coded: _Coded, common: dict[str, Any]) -> None:
+        theirs, _ = collect_logits(coded.result.network.model, self.data)
+        self.add(
+            net.label,
+            coded_pair_bound(chain, coded.length, net.logits, theirs, net.targets, delta=self.delta, **common),
+        )
+        try:
+            folded = fold_batch_norms(net.model, self.data)
+            self.add(net.label, *low_rank_bounds(folded, chain, self.data, delta=self.delta, **common))
+        except ValueError as reason:
+            self.notes.append(f"{net.label}: no low-rank bound: {reason}")
+
+    def _measures(self, net: _Net, norms: NetworkNorms) -> None:
+        for name, layer in zip(norms.names, norms.layers, strict=True):
+            self.measure(net.label, "operator norm", layer.operator_norm, name)
+            self.measure(net.label, "Frobenius norm", layer.frobenius, name)
+        try:
+            noise = cushions(net.model, self.data, seed=self.seed)
+        except (ValueError, TypeError) as reason:
+            self.notes.append(f"{net.label}: no noise stability: {reason}")
+            return
+        for entry in noise.layers:
+            self.measure(net.label, "layer cushion", entry.cushion, entry.layer)
+            self.measure(net.label, "interlayer cushion", entry.forward_cushion, entry.layer)
+        self.measure(net.label, "activation contraction", noise.contraction)
+        self.measure(net.label, "interlayer smoothness", noise.smoothness)
+        for decay in measure_decay(net.model, self.data).layers:
+            if decay.weight is not None:
+                self.measure(net.label, "alpha: decay of singular values", decay.weight.exponent, decay.layer)
+            if decay.covariance is not None:
+                self.measure(net.label, "beta: decay of covariance eigenvalues", decay.covariance.exponent, decay.layer)
+
+
+def _latex(text: str) -> str:
+    for character in ("&", "%", "$", "#", "_"):
+        text = text.replace(character, "\\" + character)
+    return text

@@ -14,8 +14,9 @@ from tqdm import tqdm
 from specprune._records import format_table, to_json
 from specprune.analysis.approximation import approximation, patch_moments
 from specprune.analysis.chain import trace_chain
+from specprune.analysis.coded import occam_results
 from specprune.analysis.evaluation import collect_logits, error_rate, root_mean_square
-from specprune.analysis.tightness import covering_bounds, input_norm, occam_results
+from specprune.analysis.margin_bounds import covering_bounds, input_norm
 from specprune.compress import CalibrationData, Moments, Pruned, collect_moments, prune
 from specprune.compress.batches import Forward
 from specprune.compress.cost import smallest_fraction

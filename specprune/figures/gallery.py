@@ -21,6 +21,7 @@ from specprune._records import to_json
 from specprune.figures import (
     approximation_error,
     bias_variance,
+    bound_bars,
     comparison,
     degrees_of_freedom,
     eigenvalue_decay,
@@ -36,6 +37,7 @@ FIGURES: dict[str, ModuleType] = {
     "degrees_of_freedom": degrees_of_freedom,
     "approximation_error": approximation_error,
     "bias_variance": bias_variance,
+    "bound_bars": bound_bars,
     "selection_rules": selection_rules,
     "comparison": comparison,
 }
