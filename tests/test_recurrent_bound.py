@@ -3,9 +3,10 @@ import math
 import numpy as np
 import pytest
 
-from specprune.bounds.nodes import reconstruction_matrix, weighted_nodes
-from specprune.bounds.recurrent import recurrent_certificate
+from specprune.bounds.nodes import Feasibility, feasibility, reconstruction_matrix, weighted_nodes
+from specprune.bounds.recurrent import recurrent_a_priori, recurrent_certificate
 from specprune.bounds.spectral import PrunedLayer, prune_dense_layer
+from specprune.bounds.symbolic import STATEMENTS
 
 SAMPLES, STEPS, WIDTH, INPUTS, OUTPUTS = 40, 12, 16, 3, 4
 
@@ -39,6 +40,10 @@ def measured_and_certified(seed, scale, lam_factor, activation=np.tanh):
         prune_dense_layer(weight, covariance, nodes, lam, next_nodes=nodes),
         STEPS,
     )
+    rows = math.sqrt(WIDTH) * float(np.linalg.norm(weight, axis=1).max())
+    found = feasibility(covariance, nodes, lam)
+    prior = recurrent_a_priori(lam, found, float(np.linalg.norm(readout)), rows, STEPS)
+    assert bound.value <= prior.value * (1 + 1e-9)  # for any nodes, with the measured c and s
     return measured, bound
 
 
@@ -81,6 +86,19 @@ def test_value_is_the_formula_written_out():
     assert bound.value == pytest.approx(0.5 + 2.0 * 0.1 * (1 + 3 + 9))
     assert recurrent_certificate(PrunedLayer(0.5, 2.0), PrunedLayer(0.1, 3.0), 1).value == 0.5
     assert recurrent_certificate(PrunedLayer(0.5, 2.0), PrunedLayer(0.1, 0.0), 9).value == pytest.approx(0.7)
+
+
+def test_a_priori_is_the_formula_written_out():
+    found = recurrent_a_priori(0.01, Feasibility(4.0, 1.0, True), 2.0, 1.5, 3)
+    assert found.value == pytest.approx(math.sqrt(0.04) * 2.0 * (1 + 3 + 9))
+    formula = STATEMENTS["recurrent_a_priori"].lambdify()
+    assert found.value == pytest.approx(formula(0.01, 4.0, 1.0, 2.0, 1.5), rel=1e-12)
+    certificate = recurrent_certificate(PrunedLayer(0.5, 2.0), PrunedLayer(0.1, 3.0), 3)
+    assert certificate.value == pytest.approx(
+        STATEMENTS["recurrent_certificate"].lambdify()(0.25, 2.0, 0.01, 3.0), rel=1e-12
+    )
+    assert recurrent_a_priori(0.01, Feasibility(4.0, 1.0, True), 2.0, 1.5, 3000).value == math.inf
+    assert recurrent_a_priori(0.0, Feasibility(4.0, 1.0, True), 2.0, 1.5, 3000).value == 0.0
 
 
 def test_overflow_is_infinite_and_never_nan():

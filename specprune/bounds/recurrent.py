@@ -11,6 +11,7 @@ import math
 import numpy as np
 
 from specprune.bounds.bound import PRUNED, Bound, check_count, check_number
+from specprune.bounds.nodes import Feasibility
 from specprune.bounds.spectral import PrunedLayer
 
 
@@ -54,5 +55,56 @@ def recurrent_certificate(
         loss="L2(P_n) output error",
         trivial=output_norm,
         theorem="error propagation through time with measured errors and gains",
+        source="setting of arXiv:2105.10832; derived here",
+    )
+
+
+def recurrent_a_priori(
+    lam: float,
+    feasibility: Feasibility,
+    readout_norm: float,
+    row_norm: float,
+    steps: int,
+    output_norm: float | None = None,
+) -> Bound:
+    """Bound the output error of a pruned recurrent layer from lambda and norms alone.
+
+    sqrt(c lambda) R_o sum_{k=0}^{T-1} Rbar^k with Rbar = sqrt(c s) R.  For a row w, the nodes' residual is at most
+    c lambda ||w||^2 and the reconstruction has weighted norm sqrt(c) ||w||; rows of W_h count with weights whose sum is
+    at most s m.  Hence the certificate's sqrt(D_o) <= sqrt(c lambda) R_o, gamma_o <= sqrt(c) R_o,
+    sqrt(D_h) <= sqrt(lambda) Rbar and gamma_h <= Rbar, and its sum is the one above.
+
+    Args:
+        lam: regularisation lambda of the nodes, in units of the covariance.
+        feasibility: measured c and s of the kept nodes.
+        readout_norm: R_o = ||W_o||_F.
+        row_norm: R = sqrt(m) max_j ||W_h[j, :]||, m hidden nodes.
+        steps: length T of the sequences.
+        output_norm: as in `recurrent_certificate`.
+
+    Returns:
+        A deterministic `Bound`; inf where the geometric sum overflows, which it does for long sequences if Rbar > 1.
+
+    Raises:
+        ValueError: if a number is negative or not finite, or there is no step.
+
+    Source: derived here, in the setting of arXiv:2105.10832 (spectral pruning for recurrent networks).
+    """
+    lam = check_number("lam", lam, 0.0)
+    own = check_number("readout_norm", readout_norm, 0.0)
+    rows = check_number("row_norm", row_norm, 0.0)
+    steps = check_count("steps", steps)
+    growth = math.sqrt(feasibility.c * feasibility.s) * rows
+    first = math.sqrt(feasibility.c * lam) * own
+    with np.errstate(over="ignore"):
+        total = float(np.sum(np.float64(growth) ** np.arange(1, steps)))
+    return Bound.from_terms(
+        "recurrent approximation, a priori",
+        {"readout": first, "recurrence": 0.0 if first == 0 else first * total},
+        confidence=None,
+        covers=PRUNED,
+        loss="L2(P_n) output error",
+        trivial=output_norm,
+        theorem="error propagation through time with c, s, lambda and norms",
         source="setting of arXiv:2105.10832; derived here",
     )

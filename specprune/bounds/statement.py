@@ -41,6 +41,18 @@ class Statement:
         """Return the inequality as LaTeX, without dollar signs."""
         return sp.latex(self.expression)
 
+    def slide(self) -> str:
+        """Return a LaTeX block for slides or notes: title, formula, assumptions, source and provenance.
+
+        It needs no package but amsmath.
+        """
+        assumptions = "\n".join(rf"  \item {_text(item)}" for item in self.assumptions)
+        return (
+            f"\\paragraph{{{_text(self.title)}}}\n\\[\n{self.latex()}\n\\]\n"
+            f"\\begin{{itemize}}\n{assumptions}\n\\end{{itemize}}\n"
+            f"Source: {_text(self.source)} ({_text(self.provenance)}).\n"
+        )
+
     def lambdify(self) -> Callable[..., float]:
         """Return the right-hand side as a function of `symbols`, in NumPy.
 
@@ -55,3 +67,12 @@ class Statement:
 def positive(names: str) -> tuple[sp.Symbol, ...]:
     """Return positive symbols for names separated by spaces."""
     return tuple(sp.symbols(names, positive=True, seq=True))
+
+
+def _text(words: str) -> str:
+    """Return plain words as LaTeX text."""
+    for character, name in (("\\", r"\textbackslash "), ("^", r"\textasciicircum "), ("~", r"\textasciitilde ")):
+        words = words.replace(character, name)
+    for character in "&%$#_{}":
+        words = words.replace(character, "\\" + character)
+    return words.replace("<=", r"$\leq$").replace(">=", r"$\geq$").replace("<", r"$<$").replace(">", r"$>$")

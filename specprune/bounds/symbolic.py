@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import sympy as sp
 
+from specprune.bounds import symbolic_noise_stability, symbolic_norms, symbolic_pac_bayes, symbolic_uncompressed
 from specprune.bounds.bound import check_count
 from specprune.bounds.statement import DERIVED, RECALLED, STANDARD, Statement, positive
 
@@ -198,6 +199,47 @@ def dudley(depth: int = 2) -> Statement:
     )
 
 
+def recurrent(steps: int = 3) -> list[Statement]:
+    """Return the two bounds on a pruned recurrent layer's output error for sequences of `steps` steps.
+
+    Args:
+        steps: length T of the sequences.
+
+    Raises:
+        ValueError: if steps < 1.
+
+    Source: setting of arXiv:2105.10832; derived here.
+    """
+    check_count("steps", steps)
+    error, own, gain, loss, growth = positive("e D_o gamma_o D_h gamma_h")
+    lam, c, s, readout, rows = positive("lambda c s R_o R")
+    sums = [
+        sum((base**k for k in range(last)), sp.Integer(0))
+        for base, last in ((growth, steps - 1), (sp.sqrt(c * s) * rows, steps))
+    ]
+    common = ("time-mean second moment of the hidden states", "sigma 1-Lipschitz, elementwise", f"T = {steps} steps")
+    return [
+        Statement(
+            "recurrent_certificate",
+            "Output error of a pruned recurrent layer, from measured errors and gains",
+            sp.Le(error, sp.sqrt(own) + gain * sp.sqrt(loss) * sums[0]),
+            (own, gain, loss, growth),
+            (*common, "D, gamma: local errors and gains of readout and recurrence"),
+            "setting of arXiv:2105.10832",
+            DERIVED,
+        ),
+        Statement(
+            "recurrent_a_priori",
+            "Output error of a pruned recurrent layer, from lambda and norms",
+            sp.Le(error, sp.sqrt(c * lam) * readout * sums[1]),
+            (lam, c, s, readout, rows),
+            (*common, "c, s: feasibility of the kept nodes", "R = sqrt(m) max_j ||W_h[j]||, R_o = ||W_o||_F"),
+            "setting of arXiv:2105.10832",
+            DERIVED,
+        ),
+    ]
+
+
 def _published() -> Statement:
     risk, ramp, d1, d2, constant, reach, tail = positive("Psi Psi_n delta_1 delta_2 C_1 R_infty R_nt")
     return Statement(
@@ -212,10 +254,16 @@ def _published() -> Statement:
     )
 
 
-#: All statements by name.
+#: All statements by name: spectral pruning, uncompressed networks, norms, noise stability, PAC-Bayes.
 STATEMENTS: dict[str, Statement] = {
     item.name: item
-    for item in [_power_law(), *_sampling(), approximation(), _occam(), covering(), dudley(), _published()]
+    for item in [
+        *(_power_law(), *_sampling(), approximation(), _occam(), covering(), dudley(), *recurrent(), _published()),
+        *symbolic_uncompressed.statements(),
+        *symbolic_norms.statements(),
+        *symbolic_noise_stability.statements(),
+        *symbolic_pac_bayes.statements(),
+    ]
 }
 
 
