@@ -94,7 +94,24 @@ def build_parser() -> argparse.ArgumentParser:
     _add_problem(bounds)
     _add_pruning(bounds, keep=0.05)
     _add_delta(bounds)
+    bounds.add_argument(
+        "--posterior-steps",
+        type=_positive_int,
+        metavar="STEPS",
+        help="also train a Gaussian posterior by PAC-Bayes from one epoch on, and certify it (5000 are a good number; "
+        "networks of 'specprune train' without batch norms)",
+    )
     _add_common(bounds)
+
+    tightness = _command(
+        commands,
+        "tightness",
+        "how the bounds move with samples, width, depth, label noise and pruning (trains 16 networks)",
+        "specprune tightness --data digits --out results/tightness",
+    )
+    tightness.add_argument("--data", choices=DATA, default="digits", help="which data set (default digits)")
+    tightness.add_argument("--data-dir", help="where to look for the data first")
+    _add_common(tightness)
 
     curve = _command(
         commands,

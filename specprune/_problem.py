@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from specprune.compress.batches import batch_size
-from specprune.testbed import Dataset, build_network, load_checkpoint, load_dataset, randomize_labels
+from specprune.testbed import Dataset, Recipe, initial_network, load_checkpoint, load_dataset, randomize_labels
 
 BATCH = 1000
 
@@ -31,6 +31,7 @@ class Problem:
         label: what to call it in titles.
         dataset: the testbed's data set, if it is one.
         initial: the network as it was before training, where that is known.
+        recipe: how it was trained, where that is known.
     """
 
     model: nn.Module
@@ -40,6 +41,7 @@ class Problem:
     label: str
     dataset: Dataset | None
     initial: nn.Module | None = None
+    recipe: Recipe | None = None
 
     def calibration(self, samples: int) -> list[Any]:
         """Return the first training batches, up to about `samples` samples."""
@@ -101,8 +103,9 @@ def load_problem(
                 )
             if data == recipe.data and recipe.random_labels > 0:  # bounds are about the labels it was trained on
                 dataset = randomize_labels(dataset, recipe.random_labels, recipe.label_seed)
-        initial = None if model is not None else build_network(recipe.net, dataset, recipe.seed).eval().to(target)
-        return _from_dataset(net, dataset.to(target), label, initial)
+        initial = None if model is not None else initial_network(trained).to(target)
+        known = None if model is not None else recipe
+        return _from_dataset(net, dataset.to(target), label, initial, known)
     made = call_factory("--data", data)
     if isinstance(made, Dataset):
         return _from_dataset(net, made.to(target), label)
@@ -177,7 +180,13 @@ def _own_model(path: str, weights: str | os.PathLike[str] | None) -> nn.Module:
     return model
 
 
-def _from_dataset(model: nn.Module, dataset: Dataset, label: str, initial: nn.Module | None = None) -> Problem:
+def _from_dataset(
+    model: nn.Module,
+    dataset: Dataset,
+    label: str,
+    initial: nn.Module | None = None,
+    recipe: Recipe | None = None,
+) -> Problem:
     return Problem(
         model,
         dataset.train_batches(BATCH),
@@ -186,4 +195,5 @@ def _from_dataset(model: nn.Module, dataset: Dataset, label: str, initial: nn.Mo
         label,
         dataset,
         initial,
+        recipe,
     )

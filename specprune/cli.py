@@ -1,4 +1,4 @@
-"""The command line: demo, data, train, spectra, prune, compare, bounds, tradeoff, figures."""
+"""The command line: demo, data, train, spectra, prune, compare, bounds, tightness, tradeoff, figures."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ from specprune._arguments import build_parser, check_problem
 from specprune._files import write_text
 from specprune._problem import Problem, load_problem, torch_device
 from specprune._records import format_table, to_json
+from specprune._trends import default_plan, trend_points
 from specprune.analysis.comparison import classifier_error, compare
 from specprune.analysis.evaluation import collect_logits, error_rate
+from specprune.analysis.posterior import Posterior, train_posterior
+from specprune.analysis.trends import bound_trends
 from specprune.compress import CalibrationData, Pruned
 from specprune.testbed import (
     TrainedNetwork,
@@ -204,6 +207,18 @@ def run_compare(options: argparse.Namespace) -> None:
         _say(options, f"[{path}]")
 
 
+def _posterior(options: argparse.Namespace, problem: Problem) -> Posterior | None:
+    """Return a Gaussian posterior around a briefly trained network, whose prior is centred where training starts."""
+    if options.posterior_steps is None:
+        return None
+    if problem.recipe is None or problem.dataset is None:
+        raise ValueError("--posterior-steps needs a network of 'specprune train', whose initial weights are known")
+    brief = train(problem.dataset, dataclasses.replace(problem.recipe, epochs=1), options.device)
+    return train_posterior(
+        brief.model, problem.train, prior=problem.initial, steps=options.posterior_steps, seed=options.seed
+    )
+
+
 def run_bounds(options: argparse.Namespace) -> None:
     """Print every bound on a network and its pruned version."""
     problem = _problem(options)
@@ -213,6 +228,7 @@ def run_bounds(options: argparse.Namespace) -> None:
         _prune(options, problem),
         problem.test,
         reference=problem.initial,
+        posterior=_posterior(options, problem),
         delta=options.delta,
         input_radius=options.input_radius or problem.input_radius,
         seed=options.seed,
@@ -223,6 +239,21 @@ def run_bounds(options: argparse.Namespace) -> None:
     from specprune.figures import bound_bars, save_figure  # draws; the other commands do without
 
     for path in save_figure(bound_bars.draw(bound_bars.from_table(table, problem.label)), options.out / "bounds"):
+        _say(options, f"[{path}]")
+
+
+def run_tightness(options: argparse.Namespace) -> None:
+    """Train networks that differ in one thing each; print and draw how the bounds on them move."""
+    dataset = load_dataset(options.data, options.data_dir).to(torch_device(options.device))
+    plan = default_plan(options.data)
+    trends = bound_trends(trend_points(dataset, plan, options.seed))
+    _show(options, "tightness", trends, plan=dataclasses.asdict(plan))
+    from specprune.figures import bound_trends as trend_figure  # draws; the other commands do without
+    from specprune.figures import save_figure
+
+    label = f"{options.data}, {plan.net(plan.base_width, plan.base_depth)}"
+    figure = trend_figure.draw(trend_figure.from_trends(trends, label))
+    for path in save_figure(figure, options.out / "tightness"):
         _say(options, f"[{path}]")
 
 
@@ -304,6 +335,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "prune": run_prune,
     "compare": run_compare,
     "bounds": run_bounds,
+    "tightness": run_tightness,
     "tradeoff": run_tradeoff,
     "figures": run_figures,
 }

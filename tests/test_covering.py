@@ -207,3 +207,29 @@ def test_polynomial_rate(beta):
     (w1, v1), (w2, v2) = optimal_polynomial_width(10**4, beta), optimal_polynomial_width(10**8, beta)
     assert math.log(w2 / w1) / math.log(1e4) == pytest.approx(beta / (1 + 2 * beta))
     assert math.log(v2 / v1) / math.log(1e4) == pytest.approx(-1 / (2 * (1 + 2 * beta)))
+
+
+@pytest.mark.parametrize(("theorem", "n"), [(covering_bound, 3000), (dudley_bound, 100_000)])
+def test_coverage(theorem, n):
+    """Linear classifiers of points on a circle with noisy labels: known risks, the worst of 96 networks each time."""
+    atoms, noise, draws, delta = 64, 0.1, 1000, 0.2
+    angles = 2 * np.pi * (np.arange(atoms) + 0.5) / atoms
+    points = np.stack([np.cos(angles), np.sin(angles)], 1)
+    directions = 2 * np.pi * np.arange(32) / 32
+    weights = np.stack([np.cos(directions), np.sin(directions)], 1)
+    half = points @ weights.T  # logits (s w x, -s w x), so that the margin of class 0 is 2 s w x
+    right = points[:, 0] > 0
+    risks = np.mean(np.where((half > 0) == right[:, None], noise, 1 - noise), 0)
+    generator = np.random.default_rng(0)
+    chances = np.stack([np.where(right, 1 - noise, noise), np.where(right, noise, 1 - noise)]) / atoms
+    counts = generator.multinomial(n, chances.ravel(), draws).reshape(draws, 2, atoms)
+    worst, informative = np.full(draws, -np.inf), 0
+    for scale in (0.5, 1.0, 2.0):
+        layer = LayerSize(4, 0, math.sqrt(2) * scale, 0.0)
+        rest = theorem([layer], input_radius=1.0, n=n, gamma=1.0, delta=delta, empirical_ramp=0.0).value
+        losses = np.stack([np.clip(1 - 2 * scale * half, 0, 1), np.clip(1 + 2 * scale * half, 0, 1)])
+        empirical = np.einsum("dka,kaw->dw", counts, losses) / n
+        worst = np.maximum(worst, (risks - empirical - rest).max(1))
+        informative += int(np.sum(empirical.min(1) + rest < 0.9))
+    assert informative > draws  # in most of them the bound says something
+    assert np.mean(worst > 0) <= delta

@@ -12,6 +12,7 @@ from scipy.stats import binom
 from torch import nn
 
 from specprune.analysis import cushions as module
+from specprune.analysis import jacobians
 from specprune.analysis.cushions import cushions
 from specprune.bounds.noise_stability import compressed_size
 
@@ -143,8 +144,8 @@ def test_linear_networks_are_smooth_and_known():
 def test_probed_jacobians_agree_within_the_stated_error(monkeypatch):
     model, x = convolutional(), tensor(6, 2, 6, 6, dtype=torch.float64)
     exact = cushions(model, [x], draws=4)
-    monkeypatch.setattr(module, "EXACT_OUTPUTS", 2)
-    monkeypatch.setattr(module, "PROBES", 4096)
+    monkeypatch.setattr(jacobians, "EXACT_OUTPUTS", 2)
+    monkeypatch.setattr(jacobians, "PROBES", 4096)
     probed = cushions(model, [x], draws=4)
     for one, two in zip(exact.layers[:2], probed.layers[:2], strict=True):
         assert 0 < two.jacobian_error < 0.05

@@ -13,7 +13,7 @@ from specprune.analysis.approximation import output_distance
 from specprune.analysis.chain import trace_chain
 from specprune.analysis.decay import NetworkDecay, measure_decay, spectral_layers, truncate_weights
 from specprune.analysis.evaluation import double_copy
-from specprune.analysis.tightness import layer_sizes
+from specprune.analysis.margin_bounds import layer_sizes
 from specprune.bounds.low_rank import fit_decay, truncation_error
 from specprune.compress import CalibrationData, collect_moments
 

@@ -14,8 +14,8 @@ from torch import nn
 from specprune.analysis.evaluation import collect_logits, error_rate
 from specprune.analysis.matrix_projection import SignMatrices, hadamard_transform, matrix_projection
 from specprune.bounds.bound import QUANTISED
-from specprune.bounds.noise_stability import level_count, level_size, projection_code_length
 from specprune.bounds.occam import occam_bound, quantise
+from specprune.bounds.projection_code import level_count, level_size, projection_code_length
 from specprune.compress import CalibrationData
 
 

@@ -13,15 +13,12 @@ from specprune.bounds.noise_stability import (
     StableLayer,
     compressed_size,
     layer_accuracies,
-    level_count,
-    level_size,
     margin_accuracy,
     noise_stability_measure,
-    padded_size,
-    projection_code_length,
     projection_failure,
     projections_needed,
 )
+from specprune.bounds.projection_code import level_count, level_size, padded_size, projection_code_length
 from specprune.bounds.symbolic_noise_stability import compressed_size_formula, statements
 
 STATEMENTS = {statement.name: statement for statement in statements()}

@@ -11,19 +11,21 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from specprune.bounds.bound import PRUNED, QUANTISED, STOCHASTIC
+from specprune.bounds.gaussian_posterior import (
+    dziugaite_roy_bound,
+    gaussian_kl,
+    monte_carlo_error,
+    prior_price,
+    prior_variance,
+)
 from specprune.bounds.occam import binary_kl, invert_binary_kl
 from specprune.bounds.pac_bayes import (
     catoni_bound,
     catoni_grid_bound,
     compression_bound,
-    dziugaite_roy_bound,
-    gaussian_kl,
     langford_seeger_bound,
     maurer_bound,
     mcallester_bound,
-    monte_carlo_error,
-    prior_price,
-    prior_variance,
     quadratic_bound,
     thiemann_bound,
 )

@@ -11,7 +11,7 @@ from torch import nn
 
 from specprune.analysis.posterior import Posterior, posterior_certificate, train_posterior
 from specprune.bounds.bound import STOCHASTIC
-from specprune.bounds.pac_bayes import dziugaite_roy_bound, monte_carlo_error, prior_price, prior_variance
+from specprune.bounds.gaussian_posterior import dziugaite_roy_bound, monte_carlo_error, prior_price, prior_variance
 from specprune.compress.batches import CalibrationData
 from specprune.compress.coding import fold_batch_norms
 

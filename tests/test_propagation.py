@@ -199,9 +199,7 @@ def testlayer_gain_of_convolutions(kernel, stride, padding, dilation, seed):
         columns, rows = (np.exp(spread * generator.normal(size=size)) for size in (3, 2))
         weighted = np.sqrt(rows).repeat(pixels[1])[:, None] * matrix / np.sqrt(columns).repeat(pixels[0])
         bound = float(
-            layer_gain(
-                torch.from_numpy(layers[1].weight), torch.from_numpy(rows), torch.from_numpy(columns), layers[1]
-            )
+            layer_gain(torch.from_numpy(layers[1].weight), torch.from_numpy(rows), torch.from_numpy(columns), layers[1])
         )
         exact = np.linalg.norm(weighted, 2)
         assert exact <= bound * (1 + 1e-12)

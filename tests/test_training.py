@@ -13,6 +13,7 @@ from specprune.testbed import (
     Recipe,
     default_recipe,
     evaluate,
+    initial_network,
     load_checkpoint,
     load_dataset,
     randomize_labels,
@@ -216,3 +217,11 @@ def test_training_on_an_accelerator(digits, tmp_path):
     assert next(result.model.parameters()).is_cuda
     save_checkpoint(tmp_path / "net.npz", result)
     assert evaluate(load_checkpoint(tmp_path / "net.npz").model, digits.test_batches())[0] <= 0.05
+
+
+def test_the_initial_network_is_where_training_started():
+    dataset = load_dataset("digits")
+    recipe = Recipe("digits", "mlp-8", epochs=1, batch_size=64, learning_rate=1e-12, weight_decay=0.0)
+    trained = train(dataset, recipe)
+    for name, value in initial_network(trained).state_dict().items():
+        torch.testing.assert_close(value, trained.model.state_dict()[name], rtol=0, atol=1e-6)

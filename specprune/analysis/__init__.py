@@ -4,6 +4,12 @@ from specprune.analysis.approximation import Approximation, approximation, outpu
 from specprune.analysis.chain import ChainLayer, trace_chain
 from specprune.analysis.coded import OccamResult, occam_results
 from specprune.analysis.comparison import METHODS, Comparison, ComparisonPoint, compare
+from specprune.analysis.cushions import Cushions, cushions
+from specprune.analysis.decay import NetworkDecay, measure_decay
+from specprune.analysis.layer_norms import NetworkNorms, measure_norms
+from specprune.analysis.layerwise import layerwise_certificate
+from specprune.analysis.matrix_projection import MatrixProjection, matrix_projection
+from specprune.analysis.posterior import Posterior, posterior_certificate, train_posterior
 from specprune.analysis.propagation import carried_error
 from specprune.analysis.spectra import LayerSpectrum, Spectra, layer_spectra
 from specprune.analysis.tightness import BoundTable, bound_table
@@ -16,8 +22,13 @@ __all__ = [
     "ChainLayer",
     "Comparison",
     "ComparisonPoint",
+    "Cushions",
     "LayerSpectrum",
+    "MatrixProjection",
+    "NetworkDecay",
+    "NetworkNorms",
     "OccamResult",
+    "Posterior",
     "Spectra",
     "Tradeoff",
     "TradeoffPoint",
@@ -25,9 +36,16 @@ __all__ = [
     "bound_table",
     "carried_error",
     "compare",
+    "cushions",
     "layer_spectra",
+    "layerwise_certificate",
+    "matrix_projection",
+    "measure_decay",
+    "measure_norms",
     "occam_results",
     "output_distance",
+    "posterior_certificate",
     "trace_chain",
     "tradeoff",
+    "train_posterior",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,12 +73,39 @@ def collect_logits(model: nn.Module, data: CalibrationData, title: str = "evalua
         TypeError: batches without targets.
         ValueError: outputs that are not (n, classes) or not finite, or targets that are no class numbers.
     """
-    work = copy.deepcopy(model).eval()
-    logits, targets = [], []
-    for batch in data.passes(work, title):
-        logits.append(data.call(work, batch).to(torch.float64).cpu().numpy())
+    (logits,), targets = collect_logits_of([model], data, title)
+    return logits, targets
+
+
+@torch.no_grad()
+def collect_logits_of(
+    models: Sequence[nn.Module], data: CalibrationData, title: str = "evaluating"
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """Return the logits of several classifiers on the same samples in the same order, and the true classes.
+
+    All are run in one pass, since a loader that shuffles gives another order in the next one.
+
+    Args:
+        models: as in `collect_logits`.
+        data: as in `collect_logits`.
+        title: as in `collect_logits`.
+
+    Raises:
+        TypeError: as in `collect_logits`.
+        ValueError: as in `collect_logits`.
+    """
+    copies = [copy.deepcopy(model).eval() for model in models]
+    logits: list[list[np.ndarray]] = [[] for _ in models]
+    targets = []
+    for batch in data.passes(copies[0], title):
+        for part, work in zip(logits, copies, strict=True):
+            part.append(data.call(work, batch).to(torch.float64).cpu().numpy())
         targets.append(batch_targets(batch).cpu().numpy())
-    outputs, labels = np.concatenate(logits), np.concatenate(targets)
+    labels = np.concatenate(targets)
+    return [_checked(np.concatenate(part), labels) for part in logits], labels
+
+
+def _checked(outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
     if outputs.ndim != 2 or outputs.shape[1] < 2 or labels.shape != (len(outputs),):
         raise ValueError(
             f"outputs of shape {outputs.shape} and targets of shape {labels.shape}: expected a classifier's "
@@ -91,7 +118,7 @@ def collect_logits(model: nn.Module, data: CalibrationData, title: str = "evalua
         )
     if not np.all(np.isfinite(outputs)):
         raise ValueError("the network's outputs have NaN or Inf: check its weights and the data")
-    return outputs, labels
+    return outputs
 
 
 def error_rate(logits: np.ndarray, targets: np.ndarray) -> float:

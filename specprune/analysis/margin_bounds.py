@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from specprune.analysis.chain import ChainLayer
 from specprune.analysis.decay import spectral_layers, truncate_weights
-from specprune.analysis.evaluation import DoubleBatches, collect_logits, double_copy
+from specprune.analysis.evaluation import DoubleBatches, collect_logits_of, double_copy
 from specprune.analysis.layer_norms import NetworkNorms
 from specprune.bounds.bound import Bound, Hypothesis
 from specprune.bounds.covering import LayerSize, covering_bound, dudley_bound, ramp_loss
@@ -192,12 +192,12 @@ def low_rank_bounds(
     """
     wide = CalibrationData(DoubleBatches(data, model), data.call)
     layers = spectral_layers(chain)
-    original, targets = collect_logits(double_copy(model), wide)
+    profiles = [rank_profile(layers, level) for level in _RANK_LEVELS]
+    names = [layer.name for layer in chain]
+    cuts = [truncate_weights(model, dict(zip(names, ranks, strict=True))) for ranks in profiles]
+    (original, *lower), targets = collect_logits_of([double_copy(model), *cuts], wide, "evaluating at low rank")
     candidates = []
-    for level in _RANK_LEVELS:
-        ranks = rank_profile(layers, level)
-        cut = truncate_weights(model, {layer.name: rank for layer, rank in zip(chain, ranks, strict=True)})
-        logits, _ = collect_logits(cut, wide, "evaluating at low rank")
+    for ranks, logits in zip(profiles, lower, strict=True):
         pairs = [loss_pair(original, logits, targets, 2.0**exponent) for exponent in MARGIN_EXPONENTS]
         candidates += [(ranks, pair) for pair in pairs if pair.original <= _MODERATE] or [(ranks, pairs[0])]
     radius = measured_radius if input_radius is None else input_radius

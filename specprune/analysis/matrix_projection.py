@@ -33,8 +33,8 @@ from torch import nn
 from specprune._records import format_table, to_json
 from specprune.analysis.evaluation import collect_logits, error_rate
 from specprune.bounds.bound import Bound, check_count, check_number
-from specprune.bounds.noise_stability import level_count, level_size, padded_size, projection_code_length
 from specprune.bounds.occam import Quantised, occam_bound, occam_bound_relaxed, quantise
+from specprune.bounds.projection_code import level_count, level_size, padded_size, projection_code_length
 from specprune.compress import CalibrationData
 from specprune.compress.batches import Forward, batch_size
 from specprune.compress.coding import fold_batch_norms

@@ -23,7 +23,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from specprune.bounds.bound import Bound, FloatArray, check_count
-from specprune.bounds.pac_bayes import (
+from specprune.bounds.gaussian_posterior import (
     PRIOR_PRECISION,
     PRIOR_SCALE,
     dziugaite_roy_bound,

@@ -18,7 +18,7 @@ from specprune.analysis.chain import ChainLayer, trace_chain
 from specprune.analysis.coded import OccamResult, coded_pac_bayes_bounds, occam_results
 from specprune.analysis.cushions import cushions
 from specprune.analysis.decay import measure_decay
-from specprune.analysis.evaluation import collect_logits, error_rate
+from specprune.analysis.evaluation import collect_logits, collect_logits_of, error_rate
 from specprune.analysis.layer_norms import NetworkNorms, measure_norms
 from specprune.analysis.margin_bounds import (
     coded_pair_bound,
@@ -30,8 +30,8 @@ from specprune.analysis.margin_bounds import (
 from specprune.analysis.matrix_projection import matrix_projection
 from specprune.analysis.posterior import Posterior, posterior_certificate
 from specprune.bounds.bound import ORIGINAL, PRUNED, Bound
+from specprune.bounds.held_out import clopper_pearson_bound
 from specprune.bounds.occam import occam_bound
-from specprune.bounds.test_set import clopper_pearson_bound
 from specprune.bounds.uncompressed import disagreement_bound
 from specprune.compress import CalibrationData, Pruned
 from specprune.compress.batches import Forward
@@ -312,8 +312,7 @@ class _Work:
         if self.held_out is None:
             return
         half = occam_bound(coded.result.train_error, len(original.targets), coded.length, self.delta / 2)
-        ours, _ = collect_logits(original.model, self.held_out)
-        theirs, _ = collect_logits(coded.result.network.model, self.held_out)
+        (ours, theirs), _ = collect_logits_of([original.model, coded.result.network.model], self.held_out)
         differing = int(np.sum(ours.argmax(axis=1) != theirs.argmax(axis=1)))
         self.add("original", disagreement_bound(half, differing, len(ours), self.delta))
         self.measure(coded.label, "disagreement with the original on test inputs", differing / len(ours))
@@ -363,11 +362,8 @@ class _Work:
         self.add(net.label, *(replace(bound, confidence=1 - self.delta) for bound in found))
 
     def _of_the_original(self, net: _Net, chain: tuple[ChainLayer, ...], coded: _Coded, common: dict[str, Any]) -> None:
-        theirs, _ = collect_logits(coded.result.network.model, self.data)
-        self.add(
-            net.label,
-            coded_pair_bound(chain, coded.length, net.logits, theirs, net.targets, delta=self.delta, **common),
-        )
+        (ours, theirs), targets = collect_logits_of([net.model, coded.result.network.model], self.data)
+        self.add(net.label, coded_pair_bound(chain, coded.length, ours, theirs, targets, delta=self.delta, **common))
         try:
             folded = fold_batch_norms(net.model, self.data)
             self.add(net.label, *low_rank_bounds(folded, chain, self.data, delta=self.delta, **common))

@@ -23,32 +23,56 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from specprune.bounds.bound import PRUNED, Bound, Hypothesis, check_count, check_number
+from specprune.bounds.bound import PRUNED, Bound, FloatArray, Hypothesis, check_count, check_number
+from specprune.bounds.chain_cover import LayerSize, log_cover, radius_hypothesis
+from specprune.bounds.logs import log1p_exp
 from specprune.bounds.occam import integer_code_length, power_of_two_above, power_of_two_below
 
 
-@dataclass(frozen=True)
-class LayerSize:
-    """One layer of the pruned network as the covering theorems see it.
+def margins(logits: ArrayLike, labels: ArrayLike) -> FloatArray:
+    """Return by how much every example's true class wins: its logit minus the largest other logit.
 
-    Attributes:
-        weights: number of weights W_l.
-        biases: number of biases b_l, 0 if there are none.
-        operator_norm: at least ||W||_op, times the Lipschitz constant of what follows; pure number.
-        bias_norm: at least ||b||_2, in units of the layer's output (of a convolution: the norm of the whole shifted
-            map, sqrt(positions) * ||b||_2); ignored without biases.
+    Args:
+        logits: shape (n, K), K >= 2.
+        labels: true classes, shape (n,), integers in 0..K-1.
+
+    Returns:
+        Shape (n,), in logit units; not positive where the network errs or cannot decide.
+
+    Raises:
+        ValueError: if shapes or values are invalid.
     """
+    scores, classes = np.array(logits, dtype=np.float64), np.asarray(labels)
+    if scores.ndim != 2 or scores.shape[1] < 2 or len(scores) == 0 or not np.all(np.isfinite(scores)):
+        raise ValueError(f"logits must be finite with shape (n, K), K >= 2, got shape {scores.shape}")
+    if classes.shape != (len(scores),) or not np.issubdtype(classes.dtype, np.integer):
+        raise ValueError(f"labels must be {len(scores)} integers, got shape {classes.shape} of {classes.dtype}")
+    if int(classes.min()) < 0 or int(classes.max()) >= scores.shape[1]:
+        raise ValueError(f"labels must lie in 0..{scores.shape[1] - 1}, got {classes.min()}..{classes.max()}")
+    rows = np.arange(len(scores))
+    own = scores[rows, classes]
+    scores[rows, classes] = -np.inf
+    return own - scores.max(axis=1)
 
-    weights: int
-    biases: int
-    operator_norm: float
-    bias_norm: float
 
-    def __post_init__(self) -> None:
-        check_count("weights", self.weights)
-        check_count("biases", self.biases, low=0)
-        check_number("operator_norm", self.operator_norm, 0.0)
-        check_number("bias_norm", self.bias_norm, 0.0)
+def ramp_losses(logits: ArrayLike, labels: ArrayLike, gamma: float) -> FloatArray:
+    """Return every example's ramp loss clip(1 - margin/gamma, 0, 1), whose mean `ramp_loss` is.
+
+    Args:
+        logits: shape (n, K), K >= 2.
+        labels: true classes, shape (n,), integers in 0..K-1.
+        gamma: margin width, positive, in logit units.
+
+    Returns:
+        Shape (n,), in [0, 1].
+
+    Raises:
+        ValueError: if shapes or values are invalid.
+
+    Source: standard margin loss, as in Bartlett, Foster and Telgarsky 2017.
+    """
+    gamma = check_number("gamma", gamma, 0.0, open_low=True)
+    return np.clip(1 - margins(logits, labels) / gamma, 0.0, 1.0)
 
 
 def ramp_loss(logits: ArrayLike, labels: ArrayLike, gamma: float) -> float:
@@ -69,19 +93,7 @@ def ramp_loss(logits: ArrayLike, labels: ArrayLike, gamma: float) -> float:
 
     Source: standard margin loss, as in Bartlett, Foster and Telgarsky 2017.
     """
-    scores, classes = np.asarray(logits, dtype=np.float64), np.asarray(labels)
-    gamma = check_number("gamma", gamma, 0.0, open_low=True)
-    if scores.ndim != 2 or scores.shape[1] < 2 or len(scores) == 0 or not np.all(np.isfinite(scores)):
-        raise ValueError(f"logits must be finite with shape (n, K), K >= 2, got shape {scores.shape}")
-    if classes.shape != (len(scores),) or not np.issubdtype(classes.dtype, np.integer):
-        raise ValueError(f"labels must be {len(scores)} integers, got shape {classes.shape} of {classes.dtype}")
-    if int(classes.min()) < 0 or int(classes.max()) >= scores.shape[1]:
-        raise ValueError(f"labels must lie in 0..{scores.shape[1] - 1}, got {classes.min()}..{classes.max()}")
-    rows = np.arange(len(scores))
-    own = scores[rows, classes]
-    others = scores.copy()
-    others[rows, classes] = -np.inf
-    return float(np.mean(np.clip(1 - (own - others.max(axis=1)) / gamma, 0.0, 1.0)))
+    return float(np.mean(ramp_losses(logits, labels, gamma)))
 
 
 @dataclass(frozen=True)
@@ -112,13 +124,11 @@ def _setting(
 ) -> _Setting:
     if not layers:
         raise ValueError("layers must hold at least one LayerSize")
-    radius = check_number("input_radius", input_radius, 0.0, open_low=True)
+    known = radius_hypothesis(input_radius, measured_radius)
     exponent = power_of_two_below(gamma)
-    seen = None if measured_radius is None else check_number("measured_radius", measured_radius, 0.0)
-    statement = f"||x|| <= D_x = {radius:g} for every input" + (" (largest seen)" if seen is not None else " (assumed)")
     error = check_number("approximation_error", approximation_error, 0.0)
     return _Setting(
-        log_radius=math.log(radius),
+        log_radius=math.log(input_radius),
         n=check_count("n", n),
         gamma=2.0**exponent,
         gamma_price=integer_code_length(exponent),
@@ -126,13 +136,8 @@ def _setting(
         empirical=check_number("empirical_ramp", empirical_ramp, 0.0, 1.0),
         bias=math.sqrt(2) / 2.0**exponent * error,
         width_price=math.fsum(math.log(check_count("width", width)) for width in original_widths),
-        hypotheses=(Hypothesis(statement, seen, seen is None or seen <= radius),),
+        hypotheses=(known,),
     )
-
-
-def _log1p_exp(x: float) -> float:
-    """Return ln(1 + e^x) without overflow."""
-    return float(np.logaddexp(0.0, x))
 
 
 def covering_bound(
@@ -185,24 +190,11 @@ def covering_bound(
     setting = _setting(
         layers, input_radius, n, gamma, delta, empirical_ramp, approximation_error, original_widths, measured_radius
     )
-    depth = len(layers)
-    exponents = [power_of_two_above(layer.operator_norm) for layer in layers]
-    log_s = [k * math.log(2) for k in exponents]
-    price = setting.gamma_price + setting.width_price + math.fsum(integer_code_length(k) for k in exponents)
     log_epsilon = math.log(setting.gamma) - math.log(math.sqrt(2) * setting.n)
-    log_cover, log_d = 0.0, setting.log_radius
-    for index, layer in enumerate(layers):
-        log_later = math.fsum(log_s[index + 1 :]) + math.log(4 * depth) - log_epsilon
-        log_cover += layer.weights * _log1p_exp(log_s[index] + log_d + log_later)
-        log_d += log_s[index]
-        if layer.biases:
-            bias_exponent = power_of_two_above(layer.bias_norm)
-            price += integer_code_length(bias_exponent)
-            log_b = bias_exponent * math.log(2)
-            log_cover += layer.biases * _log1p_exp(log_b + log_later)
-            log_d = float(np.logaddexp(log_d, log_b))
-    complexity = math.sqrt(log_cover / (2 * setting.n))
-    total = math.sqrt((log_cover + price + math.log(1 / setting.delta)) / (2 * setting.n))
+    nats, norm_price = log_cover(layers, log_epsilon, input_radius)
+    price = setting.gamma_price + setting.width_price + norm_price
+    complexity = math.sqrt(nats / (2 * setting.n))
+    total = math.sqrt((nats + price + math.log(1 / setting.delta)) / (2 * setting.n))
     return _bound(
         "covering (single scale)",
         setting,
@@ -277,7 +269,7 @@ def dudley_bound(
         log_d = float(np.logaddexp(log_s + log_d, log_b)) if layer.biases else log_s + log_d
     log_k = math.log(2 * math.sqrt(2)) - math.log(setting.gamma) + max(log_s, log_b) + log_g
     parameters = sum(layer.weights + layer.biases for layer in layers)
-    variance = 24 * math.sqrt(parameters / setting.n * (1 + _log1p_exp(log_k)))
+    variance = 24 * math.sqrt(parameters / setting.n * (1 + log1p_exp(log_k)))
     confidence = math.sqrt((math.log(1 / setting.delta) + price) / (2 * setting.n))
     return _bound("covering (Dudley)", setting, variance, confidence, "margin bound, entropy integral")
 

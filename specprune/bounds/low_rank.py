@@ -30,9 +30,11 @@ import scipy.linalg
 from numpy.typing import ArrayLike
 
 from specprune.bounds.bound import Bound, FloatArray, Hypothesis, Record, check_count, check_number, check_vector
+from specprune.bounds.chain_cover import Geometry, chain_geometry, radius_hypothesis
 from specprune.bounds.degrees_of_freedom import fit_power_law
+from specprune.bounds.logs import exp_of, log1p_exp
 from specprune.bounds.occam import integer_code_length, power_of_two_above, power_of_two_below
-from specprune.bounds.uncompressed import Geometry, LossPair, chain_geometry, pair_bound, radius_hypothesis
+from specprune.bounds.uncompressed import LossPair, pair_bound
 
 #: Exponents of the tail levels that F's ranks are tried at: a loss slack of 2^-1 down to 2^-40, and no truncation.
 TAIL_LEVELS = range(1, 41)
@@ -175,8 +177,8 @@ def low_rank_cover(rank: int, outputs: int, inputs: int, log_ratio: float) -> fl
     rank, outputs, inputs = check_count("rank", rank), check_count("outputs", outputs), check_count("inputs", inputs)
     if rank > min(outputs, inputs):
         raise ValueError(f"rank must be at most min({outputs}, {inputs}), got {rank}")
-    factors = rank * (outputs + inputs) * float(np.logaddexp(0.0, math.log(4) + log_ratio))
-    return min(factors, outputs * inputs * float(np.logaddexp(0.0, math.log(2) + log_ratio)))
+    factors = rank * (outputs + inputs) * log1p_exp(math.log(4) + log_ratio)
+    return min(factors, outputs * inputs * log1p_exp(math.log(2) + log_ratio))
 
 
 def _check_ranks(layers: Sequence[SpectralLayer], ranks: Sequence[int]) -> list[int]:
@@ -270,10 +272,7 @@ def truncation_error(
 
 
 def _sum_of_exponentials(logs: Sequence[float]) -> float:
-    if not logs:
-        return 0.0
-    total = float(np.logaddexp.reduce(np.asarray(logs)))
-    return math.exp(total) if total < 709 else math.inf
+    return exp_of(float(np.logaddexp.reduce(np.asarray(logs)))) if logs else 0.0
 
 
 def _chain_cover(
@@ -286,7 +285,7 @@ def _chain_cover(
         ratio = later + geometry.log_norms[index] + geometry.log_inputs[index]
         nats += low_rank_cover(rank, layer.outputs, layer.inputs, ratio)
         if layer.biases:
-            nats += layer.biases * float(np.logaddexp(0.0, math.log(2) + later + geometry.log_biases[index]))
+            nats += layer.biases * log1p_exp(math.log(2) + later + geometry.log_biases[index])
     return nats
 
 

@@ -1,4 +1,4 @@
-"""How many numbers a noise-stable network can be squeezed into: random sign matrices, cushions, and their price.
+"""How many numbers a noise-stable network can be squeezed into: random sign matrices, and cushions against noise.
 
 Matrix projection.  Replace a matrix A by A^ = (1/k) sum_l <A, M_l> M_l with k matrices M_l of independent random signs:
 k numbers and a seed.  A^ is right on average, and for any fixed vectors u, v
@@ -44,7 +44,7 @@ needed.
 What it is good for.  The lemma counts real numbers, not bits, and rho is measured under Gaussian noise rather than
 under the compressor's; so `compressed_size` is a COMPLEXITY MEASURE, form after the source, and no bound on an error.
 The valid bound is `specprune.analysis.matrix_projection`: it writes the compressed network down and pays for it with
-`projection_code_length`.
+`specprune.bounds.projection_code`.
 
 Source: Arora, Ge, Neyshabur and Zhang 2018 (arXiv:1802.05296) for the idea and the definitions; proofs and constants
 are derived here.
@@ -59,10 +59,7 @@ from typing import Any
 
 from specprune._records import format_table, to_json
 from specprune.bounds.bound import Hypothesis, Record, check_count, check_number
-from specprune.bounds.occam import integer_code_length, network_code_length
 
-#: Grid steps per factor of two in the number of coefficients.
-LEVELS_PER_OCTAVE = 4
 _SMALLEST_ACCURACY = 1e-150  # below it, epsilon^2 leaves the normal floats
 
 
@@ -362,95 +359,3 @@ def noise_stability_measure(
     # Each layer's term is a norm of a product; hypot adds the squares without overflow.
     terms = [math.sqrt(layer.overlap) / layer.layer_cushion / layer.forward_cushion for layer in live]
     return contraction * len(layers) * (norm / gamma) * (math.hypot(*terms) / math.sqrt(n))
-
-
-def padded_size(weights: int) -> int:
-    """Return the smallest power of two that holds the weights: the number of rows of the Hadamard matrix.
-
-    Args:
-        weights: entries of the matrix, at least 1.
-
-    Returns:
-        P = 2^ceil(log2 weights).
-
-    Raises:
-        ValueError: if there is no weight.
-    """
-    return 1 << (check_count("weights", weights) - 1).bit_length()
-
-
-def level_count(weights: int) -> int:
-    """Return how many sizes the priced grid of k has for a matrix: 4 log2 P + 1.
-
-    Args:
-        weights: entries of the matrix, at least 1.
-
-    Returns:
-        The number of levels; level 0 keeps all P coefficients, the last one keeps one.
-
-    Raises:
-        ValueError: if there is no weight.
-    """
-    return LEVELS_PER_OCTAVE * (padded_size(weights).bit_length() - 1) + 1
-
-
-def level_size(weights: int, level: int) -> int:
-    """Return the number of coefficients at a level of the priced grid: ceil(P 2^(-level/4)).
-
-    Args:
-        weights: entries of the matrix, at least 1.
-        level: 0 .. `level_count` - 1; a higher one keeps less.
-
-    Returns:
-        k between 1 and P.
-
-    Raises:
-        ValueError: if the level is not on the grid.
-    """
-    if check_count("level", level, low=0) >= level_count(weights):
-        raise ValueError(f"level must be at most {level_count(weights) - 1} for {weights} weights, got {level}")
-    octaves, quarters = divmod(level, LEVELS_PER_OCTAVE)
-    return math.ceil((padded_size(weights) >> octaves) * 2 ** (-quarters / LEVELS_PER_OCTAVE))
-
-
-def projection_code_length(
-    weights: Sequence[int],
-    levels: Sequence[int],
-    biases: Sequence[int],
-    exponents: Sequence[int],
-    bits: int,
-    seed: int,
-    widths: Sequence[int] = (),
-) -> float:
-    """Return the nats that a network costs whose matrices are written as coefficients of sign matrices.
-
-    sum over matrices of ln(level_count) (which k) + `network_code_length` of the k_i coefficients and of the biases
-    + `integer_code_length` of the seed.  The sign matrices cost nothing: seed and matrix number determine them.
-
-    Args:
-        weights: entries of each matrix.
-        levels: level of each matrix, on the grid of `level_size`.
-        biases: entries of each bias vector.
-        exponents: grid exponent of each matrix' coefficients, then of each bias vector.
-        bits: bits a coefficient or bias.
-        seed: of the signs; paid for, so it may be chosen with the data.
-        widths: ORIGINAL width of each layer that could be pruned.
-
-    Returns:
-        C in nats; the sum of exp(-C) over all networks that can be written is at most 1.
-
-    Raises:
-        TypeError: if an input is no integer.
-        ValueError: if lengths differ or a number is out of range.
-
-    Source: derived here (a product of Kraft-valid codes).
-    """
-    if len(weights) != len(levels):
-        raise ValueError(f"weights and levels need one entry a matrix, got {len(weights)} and {len(levels)}")
-    counts = [level_size(count, level) for count, level in zip(weights, levels, strict=True)]
-    choice = math.fsum(math.log(level_count(count)) for count in weights)
-    return (
-        network_code_length([*counts, *biases], exponents, bits, widths)
-        + choice
-        + integer_code_length(check_count("seed", seed, low=0))
-    )

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from specprune.bounds.bound import Hypothesis, check_count, check_number, check_vector
+from specprune.bounds.logs import exp_of
 from specprune.bounds.occam import integer_code_length, power_of_two_above
 
 
@@ -287,21 +288,6 @@ def unit_product(incoming: ArrayLike, outgoing: ArrayLike) -> float:
     if first.shape != second.shape:
         raise ValueError(f"incoming has {len(first)} units and outgoing {len(second)}; they must agree")
     return float(first @ second)
-
-
-def log_of(value: float) -> float:
-    """Return ln(value), -inf for 0."""
-    return math.log(value) if value > 0 else -math.inf
-
-
-def exp_of(log_value: float) -> float:
-    """Return exp(log_value), +inf where it overflows."""
-    return math.exp(log_value) if log_value < 709 else math.inf
-
-
-def log_product(values: Sequence[float]) -> float:
-    """Return the logarithm of a product that may be too large for a number, -inf if a factor is 0."""
-    return math.fsum(map(math.log, values)) if all(value > 0 for value in values) else -math.inf
 
 
 def product_exponent(values: Sequence[float]) -> int:

@@ -11,8 +11,9 @@ from numpy.typing import ArrayLike
 from scipy.special import logsumexp
 
 from specprune.bounds.bound import ORIGINAL, Bound, Hypothesis, check_number
-from specprune.bounds.covering import ramp_loss
-from specprune.bounds.norms import InputNorms, LayerNorms, exp_of, log_of, product_exponent, shape_hypotheses
+from specprune.bounds.covering import margins
+from specprune.bounds.logs import exp_of, log_of
+from specprune.bounds.norms import InputNorms, LayerNorms, product_exponent, shape_hypotheses
 from specprune.bounds.occam import integer_code_length, power_of_two_above, power_of_two_below
 
 #: Probability with which the noise may move a margin too far; the entropy of this event is part of the bound.
@@ -37,11 +38,8 @@ def margin_error(logits: ArrayLike, labels: ArrayLike, gamma: float) -> float:
 
     Source: Neyshabur, Bhojanapalli and Srebro 2018 (arXiv:1707.09564), section 1.
     """
-    ramp_loss(logits, labels, gamma)  # for its checks
-    scores, rows = np.array(logits, dtype=np.float64), np.arange(len(np.asarray(labels)))
-    own = scores[rows, np.asarray(labels)]
-    scores[rows, np.asarray(labels)] = -np.inf
-    return float(np.mean(own - scores.max(axis=1) <= gamma))
+    gamma = check_number("gamma", gamma, 0.0, open_low=True)
+    return float(np.mean(margins(logits, labels) <= gamma))
 
 
 def noise_ratio(log_sensitivity: float, depth: int) -> float:

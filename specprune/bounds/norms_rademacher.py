@@ -33,13 +33,11 @@ from typing import Literal
 from scipy.special import logsumexp
 
 from specprune.bounds.bound import ORIGINAL, Bound, Hypothesis, check_number
+from specprune.bounds.logs import exp_of, log_of, log_product
 from specprune.bounds.norms import (
     InputNorms,
     LayerNorms,
     entropy_rademacher,
-    exp_of,
-    log_of,
-    log_product,
     product_exponent,
     shape_hypotheses,
 )

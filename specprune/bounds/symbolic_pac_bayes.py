@@ -13,7 +13,7 @@ _GIBBS = (
 
 
 def statements() -> list[Statement]:
-    """Return the statements of `pac_bayes` and `test_set`, with KL, C and ln in nats."""
+    """Return the statements of `pac_bayes` and `held_out`, with KL, C and ln in nats."""
     return [*_divergences(), *_relaxed(), *_test_set()]
 
 

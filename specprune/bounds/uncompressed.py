@@ -32,59 +32,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.special
 from numpy.typing import ArrayLike
 
-from specprune.bounds.bound import (
-    ORIGINAL,
-    Bound,
-    FloatArray,
-    Hypothesis,
-    Record,
-    check_count,
-    check_number,
-)
-from specprune.bounds.covering import LayerSize, ramp_loss
-from specprune.bounds.occam import integer_code_length, invert_binary_kl, power_of_two_above, power_of_two_below
+from specprune.bounds.bound import ORIGINAL, Bound, Hypothesis, Record, check_count, check_number
+from specprune.bounds.chain_cover import LayerSize, log_cover, radius_hypothesis
+from specprune.bounds.covering import ramp_losses
+from specprune.bounds.held_out import binomial_upper_limit
+from specprune.bounds.occam import integer_code_length, invert_binary_kl, power_of_two_below
 
 SOURCE = "form after Suzuki, Abe and Nishimura 2020 (arXiv:1909.11274), constants derived here"
-
-
-def binomial_upper_limit(successes: int, trials: int, delta: float) -> float:
-    """Return the Clopper-Pearson upper confidence limit of a probability, rounded up.
-
-    inf {p : P(Binomial(trials, p) <= successes) <= delta} by bisection; 1 if all trials succeeded.
-
-    Args:
-        successes: how often the event happened.
-        trials: number of independent trials.
-        delta: allowed probability that the limit is too low, in (0, 1).
-
-    Returns:
-        p in (0, 1].
-
-    Raises:
-        ValueError: if successes exceeds trials, or an input is out of range.
-
-    Source: Clopper and Pearson 1934, one-sided.
-    """
-    successes, trials = check_count("successes", successes, low=0), check_count("trials", trials)
-    delta = check_number("delta", delta, 0.0, 1.0, open_low=True, open_high=True)
-    if successes > trials:
-        raise ValueError(f"successes must be at most trials, got {successes} of {trials}")
-    if successes == trials:
-        return 1.0
-    low, high = successes / trials, 1.0
-    if float(scipy.special.bdtr(successes, trials, low)) <= delta:
-        low = 0.0  # the limit lies below the observed share only for delta of about 1/2 and more
-    while True:
-        middle = low + (high - low) / 2
-        if not low < middle < high:
-            return high
-        if float(scipy.special.bdtr(successes, trials, middle)) > delta:
-            low = middle
-        else:
-            high = middle
 
 
 def _check_compressed(compressed: Bound, delta: float) -> tuple[float, float]:
@@ -232,29 +188,6 @@ class LossPair(Record):
         check_number("output_distance", self.output_distance, 0.0)
 
 
-def ramp_losses(logits: ArrayLike, labels: ArrayLike, gamma: float) -> FloatArray:
-    """Return every example's ramp loss clip(1 - margin/gamma, 0, 1), whose mean `ramp_loss` is.
-
-    Args:
-        logits: shape (n, K), K >= 2.
-        labels: true classes, shape (n,), integers in 0..K-1.
-        gamma: margin width, positive, in logit units.
-
-    Returns:
-        Shape (n,), in [0, 1].
-
-    Raises:
-        ValueError: if shapes or values are invalid.
-
-    Source: standard margin loss, as in Bartlett, Foster and Telgarsky 2017.
-    """
-    ramp_loss(logits, labels, gamma)  # refuses what is invalid
-    scores, rows = np.array(logits, dtype=np.float64), np.arange(len(np.asarray(labels)))
-    own = scores[rows, np.asarray(labels)]
-    scores[rows, np.asarray(labels)] = -np.inf
-    return np.clip(1 - (own - scores.max(axis=1)) / gamma, 0.0, 1.0)
-
-
 def loss_pair(original_logits: ArrayLike, compressed_logits: ArrayLike, labels: ArrayLike, gamma: float) -> LossPair:
     """Measure two networks on the same examples as Theorem E needs it.
 
@@ -366,105 +299,6 @@ def pair_bound(
         theorem="compression bound for the original network, empirical Bernstein over pairs",
         source=SOURCE,
     )
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Norms of a chain of layers rounded up to powers of two, and what they imply; logarithms throughout.
-
-    Attributes:
-        log_norms: ln s_l, from ||W_l|| <= s_l (with the Lipschitz constant of what follows).
-        log_biases: ln B_l; -inf without biases.
-        log_inputs: ln D_l, a bound on the input of layer l: D_1 = D_x, D_{l+1} = s_l D_l + B_l.
-        log_later: ln Pi_l, Pi_l = prod_{k>l} s_k: how much an error behind layer l grows up to the output.
-        price: nats for the rounded norms.
-    """
-
-    log_norms: tuple[float, ...]
-    log_biases: tuple[float, ...]
-    log_inputs: tuple[float, ...]
-    log_later: tuple[float, ...]
-    price: float
-
-
-def chain_geometry(norms: Sequence[float], bias_norms: Sequence[float | None], radius: float) -> Geometry:
-    """Return the rounded norms of a chain and what they imply for inputs and errors of every layer.
-
-    Args:
-        norms: operator norm of each layer, input side first.
-        bias_norms: bias norm of each layer in units of its output; None for a layer without biases.
-        radius: D_x with ||x|| <= D_x for every possible input.
-
-    Returns:
-        The geometry; each rounded norm costs ln(2 (|k|+1)(|k|+2)) nats.
-
-    Raises:
-        ValueError: if there is no layer, or a number is out of range.
-
-    Source: derived here, as in `covering_bound`.
-    """
-    if not norms or len(norms) != len(bias_norms):
-        raise ValueError(f"a chain needs one bias norm (or None) a layer, got {len(norms)} and {len(bias_norms)}")
-    exponents = [power_of_two_above(norm) for norm in norms]
-    shifts = [None if norm is None else power_of_two_above(norm) for norm in bias_norms]
-    log_s = [k * math.log(2) for k in exponents]
-    log_b = [-math.inf if k is None else k * math.log(2) for k in shifts]
-    log_d = [math.log(check_number("input_radius", radius, 0.0, open_low=True))]
-    for s, b in zip(log_s[:-1], log_b[:-1], strict=True):
-        log_d.append(float(np.logaddexp(s + log_d[-1], b)))
-    later = tuple(math.fsum(log_s[index + 1 :]) for index in range(len(log_s)))
-    price = math.fsum(integer_code_length(k) for k in [*exponents, *shifts] if k is not None)
-    return Geometry(tuple(log_s), tuple(log_b), tuple(log_d), later, price)
-
-
-def log_cover(layers: Sequence[LayerSize], log_epsilon: float, radius: float) -> tuple[float, float]:
-    """Return ln N of a sup-norm cover of all chains with these sizes and norms, and the price of the norms.
-
-    ln N(epsilon) <= sum_l W_l ln(1 + 4L s_l D_l Pi_l / epsilon) + b_l ln(1 + 4L B_l Pi_l / epsilon): steps 1 and 2 of
-    `covering_bound`.  The centres are networks of the class, so their norms obey the same limits.
-
-    Args:
-        layers: input side first.
-        log_epsilon: ln of epsilon, in logit units (Euclidean norm over the classes).
-        radius: D_x with ||x|| <= D_x for every possible input.
-
-    Returns:
-        (ln N, price of the rounded norms), both in nats.
-
-    Raises:
-        ValueError: if there is no layer, or a number is out of range.
-
-    Source: standard covering argument; constants derived here.
-    """
-    norms = [layer.operator_norm for layer in layers]
-    geometry = chain_geometry(norms, [layer.bias_norm if layer.biases else None for layer in layers], radius)
-    common = math.log(4 * len(layers)) - log_epsilon
-    nats = 0.0
-    for layer, s, b, d, later in zip(
-        layers, geometry.log_norms, geometry.log_biases, geometry.log_inputs, geometry.log_later, strict=True
-    ):
-        nats += layer.weights * float(np.logaddexp(0.0, common + s + d + later))
-        nats += layer.biases * float(np.logaddexp(0.0, common + b + later)) if layer.biases else 0.0
-    return nats, geometry.price
-
-
-def radius_hypothesis(radius: float, measured: float | None) -> Hypothesis:
-    """Return the condition ||x|| <= D_x, checked against the largest norm seen if there is one.
-
-    Args:
-        radius: D_x.
-        measured: largest ||x|| seen; None if not measured.
-
-    Returns:
-        The hypothesis.
-
-    Raises:
-        ValueError: if a number is out of range.
-    """
-    radius = check_number("input_radius", radius, 0.0, open_low=True)
-    seen = None if measured is None else check_number("measured_radius", measured, 0.0)
-    words = "assumed" if seen is None else "largest seen"
-    return Hypothesis(f"||x|| <= D_x = {radius:g} for every input ({words})", seen, seen is None or seen <= radius)
 
 
 def uncompressed_bound(

@@ -97,6 +97,19 @@ class TrainedNetwork:
     classes: int
 
 
+def initial_network(trained: TrainedNetwork) -> nn.Module:
+    """Return the network as it was before the first step of its training: a point that no data had a say in.
+
+    Args:
+        trained: from `train` or `load_checkpoint`.
+
+    Returns:
+        The network on the CPU, in evaluation mode.
+    """
+    shape = TaskShape(trained.input_shape, trained.classes)
+    return build_network(trained.recipe.net, shape, trained.recipe.seed).eval()
+
+
 def default_recipe(data: str, net: str, seed: int = 0) -> Recipe:
     """Return settings that train `net` on `data` to a usual accuracy in a short time.
 

@@ -6,12 +6,17 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import special, stats
 
 from specprune.bounds.bound import ORIGINAL, PRUNED
+from specprune.bounds.held_out import (
+    binomial_upper_limit,
+    chernoff_bound,
+    clopper_pearson_bound,
+    hoeffding_bound,
+)
 from specprune.bounds.occam import invert_binary_kl
 from specprune.bounds.symbolic_pac_bayes import statements
-from specprune.bounds.test_set import chernoff_bound, clopper_pearson_bound, hoeffding_bound
 
 BOUNDS = {"clopper_pearson": clopper_pearson_bound, "chernoff": chernoff_bound, "hoeffding": hoeffding_bound}
 
@@ -65,6 +70,37 @@ def test_rounded_outward():
         exact = errors / n + math.sqrt(math.log(1 / delta) / (2 * n))
         assert exact < hoeffding_bound(errors, n, delta, covers=PRUNED).value <= exact * (1 + 1e-14)
         assert stats.binom.cdf(errors, n, clopper_pearson_bound(errors, n, delta, covers=PRUNED).value) <= delta
+
+
+# The limit of any probability
+
+
+@given(st.integers(1, 5000), st.floats(0, 1), st.floats(1e-6, 0.6))
+def test_binomial_limit_is_clopper_pearson_and_rounds_up(n, share, delta):
+    k = int(share * n)
+    limit = binomial_upper_limit(k, n, delta)
+    expected = 1.0 if k == n else stats.beta.isf(delta, k + 1, n - k)
+    assert expected * (1 - 1e-12) <= limit <= expected * (1 + 1e-8)
+    assert k == n or special.bdtr(k, n, limit) <= delta
+
+
+@pytest.mark.parametrize("delta", [0.05, 0.3, 0.9])
+def test_binomial_limit_covers_exactly(delta):
+    """P(limit < p) summed over all counts, at the p where it is worst: right below each limit."""
+    n = 23
+    limits = np.array([binomial_upper_limit(k, n, delta) for k in range(n + 1)])
+    for p in np.concatenate([limits[:-1] * (1 - 1e-9), np.linspace(0.01, 0.99, 60)]):
+        missed = float(stats.binom.pmf(np.arange(n + 1), n, p)[limits < p].sum())
+        assert missed <= delta + 1e-9
+    # Tight: just above a limit, the count that gave it is missed, with probability delta.
+    p = limits[3] * (1 + 1e-9)
+    assert float(stats.binom.cdf(3, n, p)) == pytest.approx(delta, rel=1e-6)
+
+
+def test_no_success_has_a_closed_form():
+    for n, delta in ((10, 0.1), (10_000, 0.01)):
+        exact = 1 - delta ** (1 / n)
+        assert exact * (1 - 1e-12) <= binomial_upper_limit(0, n, delta) <= exact * (1 + 1e-8)
 
 
 def test_formulas_are_the_code():

@@ -20,6 +20,38 @@ _SLACK = 1e-9
 _UNSEEN = Hypothesis("the network was fixed before the test examples were seen (assumed)", None, True)
 
 
+def binomial_upper_limit(successes: int, trials: int, delta: float) -> float:
+    """Return the Clopper-Pearson upper confidence limit of a probability, rounded up.
+
+    inf {p : P(Binomial(trials, p) <= successes) <= delta}; 1 if all trials succeeded.
+
+    Args:
+        successes: how often the event happened.
+        trials: number of independent trials.
+        delta: allowed probability that the limit is too low, in (0, 1).
+
+    Returns:
+        p in (0, 1], at which the tail is below delta by more than what its computation loses.
+
+    Raises:
+        ValueError: if successes exceeds trials, or an input is out of range.
+
+    Source: Clopper and Pearson 1934, one-sided.
+    """
+    successes, trials = check_count("successes", successes, low=0), check_count("trials", trials)
+    delta = check_number("delta", delta, 0.0, 1.0, open_low=True, open_high=True)
+    if successes > trials:
+        raise ValueError(f"successes must be at most trials, got {successes} of {trials}")
+    if successes == trials:
+        return 1.0
+    # P(Binomial(n, p) <= k) is the upper tail of a beta distribution at p.
+    value = float(betainccinv(successes + 1, trials - successes, delta))
+    widening, goal = 2.0**-50, delta - _SLACK * min(delta, 1 - delta)
+    while value < 1 and float(betaincc(successes + 1, trials - successes, value)) > goal:
+        value, widening = min(value * (1 + widening), 1.0), 2 * widening
+    return value
+
+
 def _check(errors: int, n: int, delta: float) -> tuple[int, int, float]:
     n = check_count("n", n)
     errors = check_count("errors", errors, low=0)
@@ -64,13 +96,8 @@ def clopper_pearson_bound(errors: int, n: int, delta: float, *, covers: str) -> 
     Source: Clopper and Pearson 1934; Langford 2005.
     """
     errors, n, delta = _check(errors, n, delta)
-    value = 1.0
-    if errors < n:
-        # P(Binomial(n, p) <= k) is the upper tail of a beta distribution at p.
-        value = max(float(betainccinv(errors + 1, n - errors, delta)), errors / n)
-        widening, goal = 2.0**-50, delta - _SLACK * min(delta, 1 - delta)
-        while value < 1 and float(betaincc(errors + 1, n - errors, value)) > goal:
-            value, widening = min(value * (1 + widening), 1.0), 2 * widening
+    # For a delta of about 1/2 and more the limit lies below the observed rate.
+    value = max(binomial_upper_limit(errors, n, delta), errors / n)
     return _bound(
         "test set (Clopper-Pearson)", errors, n, value, delta, covers, "exact binomial bound", "Clopper, Pearson 1934"
     )
