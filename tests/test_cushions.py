@@ -11,9 +11,8 @@ from helpers import randomise, tensor
 from scipy.stats import binom
 from torch import nn
 
-from specprune.analysis import cushions as module
 from specprune.analysis import jacobians
-from specprune.analysis.cushions import cushions
+from specprune.analysis.cushions import _order_statistic, cushions
 from specprune.bounds.noise_stability import compressed_size
 
 
@@ -172,7 +171,7 @@ def test_smoothness_by_hand():
 
 @pytest.mark.parametrize(("draws", "delta", "confidence"), [(100, 0.05, 0.95), (1024, 0.01, 0.9), (20, 0.3, 0.5)])
 def test_order_statistic_covers(draws, delta, confidence):
-    k = module._order_statistic(draws, delta, confidence)
+    k = _order_statistic(draws, delta, confidence)
     assert binom.cdf(k - 1, draws, delta) <= 1 - confidence < binom.cdf(k, draws, delta)
     uniform = np.sort(np.random.default_rng(1).random((4000, draws)), axis=1)
     misses = np.mean(uniform[:, k - 1] > delta)
@@ -186,7 +185,7 @@ def test_too_few_draws_state_nothing():
     assert found.layers[0].smoothness is None
     assert found.smoothness == 0
     assert "'-' where the draws are too few" in str(found)
-    assert module._order_statistic(10, 0.05, 0.95) == 0
+    assert _order_statistic(10, 0.05, 0.95) == 0
 
 
 def test_subset_is_random_and_reported():

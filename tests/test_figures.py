@@ -111,7 +111,7 @@ def test_redrawing_gives_the_same_files(folder, name):
         assert redraw(folder / f"{name}.json") == [folder / f"{name}.pdf", folder / f"{name}.png"]
     assert np.array_equal(imread(folder / f"{name}.png"), pixels)
     assert {kind: (folder / f"{name}.{kind}").read_bytes() for kind in before} == before
-    assert pixels.shape[1] == round(200 * COLUMN_WIDTHS[2 if name == "bias_variance" else 1])
+    assert pixels.shape[1] == round(200 * COLUMN_WIDTHS[2 if name in ("bias_variance", "bound_bars") else 1])
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -254,6 +254,20 @@ def test_comparison(folder):
     assert unlabelled.get_ylabel() == "divergence from the original"
     assert list(unlabelled.lines[-1].get_ydata()) == [0.0, 0.0]
     assert unlabelled.lines[0].get_ydata()[0] == data["curves"][0]["points"][0]["divergence"]
+
+
+def test_bound_bars(folder):
+    (ax,) = drawn(folder, "bound_bars").axes
+    records = read(folder, "bound_bars")["data"]["records"]
+    assert len(ax.patches) == len(records) == len(ax.get_yticks())
+    assert set(labels(ax)) <= {"holds, below 1", "holds, vacuous", "a hypothesis is broken", "test error"}
+    reached = [patch.get_x() + patch.get_width() for patch in ax.patches]
+    assert reached == pytest.approx([float(record["value"]) for record in records])
+    colors = {}
+    for patch, record in zip(ax.patches, records, strict=True):
+        colors.setdefault((record["vacuous"], record["hypotheses_hold"]), set()).add(patch.get_facecolor())
+    assert all(len(found) == 1 for found in colors.values())
+    assert len(set.union(*colors.values())) == len(labels(ax)) - 1
 
 
 def test_unknown_names_are_refused_before_anything_is_computed(setting, tmp_path):

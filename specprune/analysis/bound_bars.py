@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours: distinguishable with any colour vision; hatching carries the difference in grey print.
 _KINDS: dict[str, dict[str, Any]] = {
-    "holds, says something": {"color": "#009E73"},
+    "holds, below 1": {"color": "#009E73"},
     "holds, vacuous": {"color": "#56B4E9", "hatch": "//"},
     "a hypothesis is broken": {"color": "#E69F00", "hatch": "xx"},
 }
@@ -27,20 +27,24 @@ def draw_bars(records: Sequence[Mapping[str, Any]], ax: Axes | None = None) -> A
     Returns:
         The Axes.
     """
-    import matplotlib.pyplot as plt  # imported late: tables without plots should not load it
-    from matplotlib.patches import Patch
-
     shown = [record for record in records if _number(record["value"]) < math.inf]
     if ax is None:
+        import matplotlib.pyplot as plt  # imported late: tables without plots should not load it
+
         _, ax = plt.subplots(figsize=(6.5, 0.8 + 0.2 * len(shown)), layout="constrained")
     values = [_number(record["value"]) for record in shown]
     tests = [(row, _number(record["test_error"])) for row, record in enumerate(shown) if record.get("test_error")]
     low = min([0.1, *(value for _, value in tests), *values]) / 2
+    named: set[str] = set()
     for row, (record, value) in enumerate(zip(shown, values, strict=True)):
-        ax.barh(row, value - low, left=low, height=0.7, edgecolor="white", linewidth=0, **_KINDS[_kind(record)])
+        kind = _kind(record)
+        style = {"height": 0.7, "edgecolor": "white", "linewidth": 0, **_KINDS[kind]}
+        ax.barh(row, value - low, left=low, label="_" if kind in named else kind, **style)
+        named.add(kind)
     if tests:
         rows, errors = zip(*tests, strict=True)
-        ax.plot(errors, rows, linestyle="none", marker="|", color="black", markersize=6, markeredgewidth=1.5)
+        style = {"linestyle": "none", "marker": "|", "color": "black", "markersize": 6, "markeredgewidth": 1.5}
+        ax.plot(errors, rows, label="test error", **style)
     ax.axvline(1.0, color="0.4", linewidth=0.8, linestyle=":")
     ax.set_xscale("log")
     ax.set_xlim(low, 2 * max([1.0, *values]))
@@ -48,11 +52,8 @@ def draw_bars(records: Sequence[Mapping[str, Any]], ax: Axes | None = None) -> A
     ax.set_yticks(range(len(shown)), [f"{record['bound']} [{record['net']}]" for record in shown])
     ax.tick_params(axis="y", length=0)
     ax.set_xlabel("bound on the error rate (vacuous from 1)")
-    kinds = {_kind(record) for record in shown}
-    handles: list[Any] = [Patch(label=name, **style) for name, style in _KINDS.items() if name in kinds]
-    if tests:
-        handles += ax.plot([], [], linestyle="none", marker="|", color="black", markeredgewidth=1.5, label="test error")
-    ax.legend(handles=handles, frameon=False, fontsize="small", loc="upper right")
+    ax.set_ylabel("bound [network]")
+    ax.legend(frameon=False, fontsize="small", loc="upper right")
     return ax
 
 
@@ -63,4 +64,4 @@ def _number(value: Any) -> float:
 def _kind(record: Mapping[str, Any]) -> str:
     if not record["hypotheses_hold"]:
         return "a hypothesis is broken"
-    return "holds, vacuous" if record["vacuous"] else "holds, says something"
+    return "holds, vacuous" if record["vacuous"] else "holds, below 1"

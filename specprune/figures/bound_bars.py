@@ -11,7 +11,7 @@ from specprune.analysis import BoundTable, bound_table
 from specprune.analysis.bound_bars import draw_bars
 from specprune.compress import prune
 from specprune.figures.setting import FigureSetting
-from specprune.figures.style import figure_style, new_figure
+from specprune.figures.style import figure_style, finish_figure, new_figure
 
 KEEP = 0.05
 
@@ -62,5 +62,5 @@ def draw(data: dict[str, Any]) -> Figure:
     with figure_style():
         figure, (ax,) = new_figure(columns=2, height=0.9 + 0.15 * len(data["records"]))
         draw_bars(data["records"], ax)
-        figure.suptitle(f"{data['label']}: n = {data['samples']}, each with probability {1 - data['delta']:g}")
+        finish_figure(figure, f"{data['label']}: n = {data['samples']}, each with probability {1 - data['delta']:g}", 4)
     return figure
