@@ -103,7 +103,7 @@ def trend_points(dataset: Dataset, plan: TrendPlan, seed: int = 0) -> Iterator[T
     Raises:
         ValueError: the data set has too few images.
     """
-    most = max(plan.base_samples, *plan.samples)
+    most = max((plan.base_samples, *plan.samples))
     if len(dataset.train_inputs) < most:
         raise ValueError(f"{dataset.name} has {len(dataset.train_inputs)} training images, the plan needs {most}")
     data = _first(dataset, plan.base_samples)

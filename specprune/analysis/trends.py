@@ -220,8 +220,9 @@ def bound_trends(points: Iterable[TrendPoint], *, gamma: float = 1.0, delta: flo
 
     - On the network written down in few bits: Occam's bound in kl and square-root form, and the PAC-Bayes forms.
     - From margins: covering (one cover, Dudley), Bartlett 2017, Golowich 2018, Neyshabur 2015, 2018 and, for two
-      layers, 2019.  All at the same margin gamma: where a bound may choose its margin, it takes a wider one for larger
-      norms, says less and less about the network, and hides the trend.
+      layers, 2019.  All at the same margin gamma: where a bound may choose its margin, it takes a wider one for
+      larger norms, says less and less about the network, and hides the trend.  Norms are rounded up to powers of
+      two, the price of choosing them with the data, so bounds on one product of norms move in factors of 2.
 
     Each bound holds by itself with probability 1 - delta.
 
