@@ -51,6 +51,13 @@ def format_table(records: Sequence[Mapping[str, Any]], columns: Sequence[str] | 
     return "\n".join([*head, line(names), "  ".join("-" * w for w in widths), *(line(row) for row in rows)])
 
 
+def escape_latex(text: str) -> str:
+    """Return text with the characters escaped that LaTeX would take for commands."""
+    for character in ("&", "%", "$", "#", "_"):
+        text = text.replace(character, "\\" + character)
+    return text
+
+
 def jsonable(value: Any) -> Any:
     """Return `value` in types that strict JSON has; infinities and NaN become the strings "inf", "-inf", "nan"."""
     if isinstance(value, Mapping):

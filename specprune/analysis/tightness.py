@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
-from specprune._records import format_table, format_value, to_json
+from specprune._records import escape_latex, format_table, format_value, to_json
 from specprune.analysis.approximation import output_distance
 from specprune.analysis.bound_bars import draw_bars
 from specprune.analysis.chain import ChainLayer, trace_chain
@@ -43,6 +43,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _TERMS = ("empirical", "bias", "variance", "confidence")
+_TEXT_COLUMNS = (
+    *("net", "bound", "value", "vacuous", "hypotheses_hold"),
+    *(*_TERMS, "dominant", "looseness", "test_error"),
+)
 _LATEX_COLUMNS = ("net", "bound", "value", *_TERMS, "test_error")
 
 
@@ -118,24 +122,23 @@ class BoundTable:
     def to_latex(self) -> str:
         """Return the table as a LaTeX tabular: values, terms and test errors, vacuous values in grey.
 
-        It needs the package xcolor; bounds with a broken hypothesis carry a dagger.
+        It needs the packages booktabs and xcolor; bounds with a broken hypothesis carry a dagger.
         """
         rows = []
         for record in self.to_records():
             cells = []
             for name in _LATEX_COLUMNS:
                 value = record[name]
-                cell = _latex(value) if isinstance(value, str) else format_value(value)
+                cell = escape_latex(value) if isinstance(value, str) else format_value(value)
                 if name == "bound" and not record["hypotheses_hold"]:
                     cell += r"$^\dagger$"
                 if name == "value" and record["vacuous"]:
                     cell = rf"\textcolor{{gray}}{{{cell}}}"
                 cells.append(cell)
             rows.append(" & ".join(cells) + r" \\")
-        head = " & ".join(_latex(name) for name in _LATEX_COLUMNS) + r" \\"
-        body = "\n".join(rows)
-        columns = "ll" + "r" * (len(_LATEX_COLUMNS) - 2)
-        return f"\\begin{{tabular}}{{{columns}}}\n\\hline\n{head}\n\\hline\n{body}\n\\hline\n\\end{{tabular}}\n"
+        head = " & ".join(escape_latex(name) for name in _LATEX_COLUMNS) + r" \\"
+        start = r"\begin{tabular}{ll" + "r" * (len(_LATEX_COLUMNS) - 2) + "}"
+        return "\n".join([start, r"\toprule", head, r"\midrule", *rows, r"\bottomrule", r"\end{tabular}", ""])
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the bounds as bars on a logarithmic axis, with the line from which on they are vacuous.
@@ -149,9 +152,8 @@ class BoundTable:
         return draw_bars(self.to_records(), ax)
 
     def __str__(self) -> str:
-        columns = ["net", "bound", "value", "vacuous", "hypotheses_hold", *_TERMS, "looseness", "test_error"]
         title = f"bounds on the error rate, n = {self.samples}, each with probability {1 - self.delta:g}"
-        return "\n".join([format_table(self.to_records(), columns, title), *self.notes])
+        return "\n".join([format_table(self.to_records(), list(_TEXT_COLUMNS), title), *self.notes])
 
 
 def bound_table(
@@ -389,9 +391,3 @@ class _Work:
                 self.measure(net.label, "alpha: decay of singular values", decay.weight.exponent, decay.layer)
             if decay.covariance is not None:
                 self.measure(net.label, "beta: decay of covariance eigenvalues", decay.covariance.exponent, decay.layer)
-
-
-def _latex(text: str) -> str:
-    for character in ("&", "%", "$", "#", "_"):
-        text = text.replace(character, "\\" + character)
-    return text
