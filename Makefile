@@ -12,10 +12,10 @@ demo: $(STAMP)
 	$(BIN)/specprune demo --out results/demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -n 2 -m "not gpu"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
