@@ -128,6 +128,21 @@ def build_parser() -> argparse.ArgumentParser:
     _add_delta(curve)
     _add_common(curve)
 
+    verification = _command(
+        commands,
+        "verify",
+        "check a certificate: decode a network, count its training errors, bound its test error",
+        "specprune verify mnist\n  specprune verify results/mine.spnw --data fashion-mnist",
+    )
+    verification.add_argument("file", metavar="FILE", help="a .spnw file, or the name of one that comes with specprune")
+    verification.add_argument("--data", choices=DATA, help="which data set; by default that of FILE's name")
+    verification.add_argument("--data-dir", help="where to look for the data first")
+    verification.add_argument(
+        "--delta", type=_probability, default=0.05, help="the certificate fails with at most this probability"
+    )
+    verification.add_argument("--out", type=Path, default=Path("results"), help="folder for verify.json")
+    verification.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
     figures = _command(
         commands,
         "figures",

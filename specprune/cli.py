@@ -20,6 +20,7 @@ from specprune._files import write_text
 from specprune._problem import Problem, load_problem, torch_device
 from specprune._records import format_table, to_json
 from specprune._trends import default_plan, trend_points
+from specprune._verify import verified
 from specprune.analysis.comparison import classifier_error, compare
 from specprune.analysis.evaluation import collect_logits, error_rate
 from specprune.analysis.posterior import Posterior, train_posterior
@@ -281,6 +282,11 @@ def run_tradeoff(options: argparse.Namespace) -> None:
         _say(options, f"[{path}]")
 
 
+def run_verify(options: argparse.Namespace) -> None:
+    """Print the certificate that the network in a file earns on a data set."""
+    _show(options, "verify", verified(options.file, options.data, options.data_dir, options.delta))
+
+
 def run_figures(options: argparse.Namespace) -> None:
     """Draw the figures for a network; without one, for a net trained on the built-in digits."""
     from specprune.figures import FigureSetting, make_figures  # draws; the other commands do without
@@ -337,5 +343,6 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "bounds": run_bounds,
     "tightness": run_tightness,
     "tradeoff": run_tradeoff,
+    "verify": run_verify,
     "figures": run_figures,
 }
