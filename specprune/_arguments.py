@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import specprune
+from specprune.analysis.certify import STARTS
 from specprune.analysis.comparison import KEEPS
 from specprune.compress.allocation import ALLOCATIONS
 from specprune.compress.choice import SELECTIONS
@@ -127,6 +128,28 @@ def build_parser() -> argparse.ArgumentParser:
     curve.add_argument("--theta", type=_unit, default=0.0, help="weight of the input loss, 0..1 (default 0)")
     _add_delta(curve)
     _add_common(curve)
+
+    certification = _command(
+        commands,
+        "certify",
+        "search for a network with a short word, and bound its test error from the training set alone",
+        "specprune certify --data mnist --budget 60 --out results/certify-mnist",
+    )
+    certification.add_argument("--data", choices=DATA, default="digits", help="which data set (default digits)")
+    certification.add_argument("--data-dir", help="where to look for the data first")
+    certification.add_argument(
+        "--budget",
+        type=_not_negative,
+        default=2.0,
+        metavar="MINUTES",
+        help="time to search (default 2); an interrupted run goes on in the same --out; 0 shows what is there",
+    )
+    certification.add_argument("--start", choices=STARTS, help="where the search starts (default pruned, if it can)")
+    certification.add_argument(
+        "--path", action="store_true", help="share the time among several widths and the baselines, and draw them"
+    )
+    certification.add_argument("--delta", type=_probability, default=0.05, help="allowed probability of failure")
+    _add_common(certification)
 
     verification = _command(
         commands,
@@ -260,6 +283,10 @@ def _probability(text: str) -> float:
 
 def _positive(text: str) -> float:
     return _number(text, lambda x: 0 < x < float("inf"), "a positive number")
+
+
+def _not_negative(text: str) -> float:
+    return _number(text, lambda x: 0 <= x < float("inf"), "a number of at least 0")
 
 
 def _positive_int(text: str) -> int:

@@ -1,4 +1,4 @@
-"""The command line: demo, data, train, spectra, prune, compare, bounds, tightness, tradeoff, figures."""
+"""The command line: a function for each command."""
 
 from __future__ import annotations
 
@@ -21,12 +21,15 @@ from specprune._problem import Problem, load_problem, torch_device
 from specprune._records import format_table, to_json
 from specprune._trends import default_plan, trend_points
 from specprune._verify import verified
+from specprune.analysis.certificate_path import FACTORS, certificate_path
+from specprune.analysis.certify import certify
 from specprune.analysis.comparison import classifier_error, compare
 from specprune.analysis.evaluation import collect_logits, error_rate
 from specprune.analysis.posterior import Posterior, train_posterior
 from specprune.analysis.trends import bound_trends
 from specprune.compress import CalibrationData, Pruned
 from specprune.testbed import (
+    Dataset,
     TrainedNetwork,
     default_recipe,
     download_dataset,
@@ -282,6 +285,36 @@ def run_tradeoff(options: argparse.Namespace) -> None:
         _say(options, f"[{path}]")
 
 
+def run_certify(options: argparse.Namespace) -> None:
+    """Search for the lowest certificate within a budget of time; with --path, at several widths."""
+    dataset = load_dataset(options.data, options.data_dir)
+    if options.path:
+        _certify_path(options, dataset)
+        return
+    found = certify(
+        dataset,
+        minutes=options.budget,
+        seed=options.seed,
+        out=options.out,
+        start=options.start,
+        delta=options.delta,
+    )
+    _show(options, "certify", found)
+    _say(options, f"[{options.out / 'best.spnw'}]")
+
+
+def _certify_path(options: argparse.Namespace, dataset: Dataset) -> None:
+    share = options.budget / (len(FACTORS) + 2)  # two baselines
+    path = certificate_path(dataset, minutes=share, seed=options.seed, out=options.out, delta=options.delta)
+    _show(options, "certificate_path", path)
+    from specprune.figures import certificate_path as path_figure  # draws; the other commands do without
+    from specprune.figures import save_figure
+
+    figure = path_figure.draw(path_figure.from_path(path))
+    for file in save_figure(figure, options.out / "certificate_path"):
+        _say(options, f"[{file}]")
+
+
 def run_verify(options: argparse.Namespace) -> None:
     """Print the certificate that the network in a file earns on a data set."""
     _show(options, "verify", verified(options.file, options.data, options.data_dir, options.delta))
@@ -343,6 +376,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "bounds": run_bounds,
     "tightness": run_tightness,
     "tradeoff": run_tradeoff,
+    "certify": run_certify,
     "verify": run_verify,
     "figures": run_figures,
 }
