@@ -298,6 +298,7 @@ def run_certify(options: argparse.Namespace) -> None:
         out=options.out,
         start=options.start,
         delta=options.delta,
+        device=torch_device(options.device),
     )
     _show(options, "certify", found)
     _say(options, f"[{options.out / 'best.spnw'}]")
@@ -305,7 +306,14 @@ def run_certify(options: argparse.Namespace) -> None:
 
 def _certify_path(options: argparse.Namespace, dataset: Dataset) -> None:
     share = options.budget / (len(FACTORS) + 2)  # two baselines
-    path = certificate_path(dataset, minutes=share, seed=options.seed, out=options.out, delta=options.delta)
+    path = certificate_path(
+        dataset,
+        minutes=share,
+        seed=options.seed,
+        out=options.out,
+        delta=options.delta,
+        device=torch_device(options.device),
+    )
     _show(options, "certificate_path", path)
     from specprune.figures import certificate_path as path_figure  # draws; the other commands do without
     from specprune.figures import save_figure

@@ -130,6 +130,18 @@ def test_rounds_lower_the_certificate_and_keep_the_books():
     assert search.tried >= search.kept > 0
 
 
+def test_what_helps_near_the_boundary_alone_is_taken_back():
+    search, _, _ = trained_search(near=12)
+    refused = 0
+    for _ in range(12):
+        before, tried = search.certificate, search.tried
+        kept = search.round(tries=32)
+        assert (search.certificate < before) == (kept > 0)
+        assert search.certificate <= before
+        refused += search.tried - tried - kept
+    assert refused
+
+
 def test_what_is_left_is_a_local_optimum():
     search, pixels, targets = trained_search(near=600)
     before = -1

@@ -1,6 +1,9 @@
 """Questions to a trained network and its data: spectra, approximation errors, bound tables, the trade-off curve."""
 
 from specprune.analysis.approximation import Approximation, approximation, output_distance
+from specprune.analysis.certificate import Certificate, certificate_of, load_network, save_network, verify
+from specprune.analysis.certificate_path import CertificatePath, PathPoint
+from specprune.analysis.certify import Certified
 from specprune.analysis.chain import ChainLayer, trace_chain
 from specprune.analysis.coded import OccamResult, occam_results
 from specprune.analysis.comparison import METHODS, Comparison, ComparisonPoint, compare
@@ -19,6 +22,9 @@ __all__ = [
     "METHODS",
     "Approximation",
     "BoundTable",
+    "Certificate",
+    "CertificatePath",
+    "Certified",
     "ChainLayer",
     "Comparison",
     "ComparisonPoint",
@@ -28,6 +34,7 @@ __all__ = [
     "NetworkDecay",
     "NetworkNorms",
     "OccamResult",
+    "PathPoint",
     "Posterior",
     "Spectra",
     "Tradeoff",
@@ -35,17 +42,21 @@ __all__ = [
     "approximation",
     "bound_table",
     "carried_error",
+    "certificate_of",
     "compare",
     "cushions",
     "layer_spectra",
     "layerwise_certificate",
+    "load_network",
     "matrix_projection",
     "measure_decay",
     "measure_norms",
     "occam_results",
     "output_distance",
     "posterior_certificate",
+    "save_network",
     "trace_chain",
     "tradeoff",
     "train_posterior",
+    "verify",
 ]

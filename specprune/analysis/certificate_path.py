@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from specprune._records import format_table, to_json
 from specprune.analysis.certificate import LabelledImages
 from specprune.analysis.certify import certify
@@ -191,6 +193,7 @@ def certificate_path(
     baselines: bool = True,
     seed: int = 0,
     delta: float = 0.05,
+    device: torch.device | str = "cpu",
 ) -> CertificatePath:
     """Search for certificates at several widths of one design, and by other ways, each for the same time.
 
@@ -203,6 +206,7 @@ def certificate_path(
         baselines: whether to train a random subspace and real numbers as well.
         seed: of all random choices.
         delta: allowed probability of failure of each certificate, in (0, 1).
+        device: where to train and search; the baselines stay on the CPU.
 
     Returns:
         The path.
@@ -218,7 +222,8 @@ def certificate_path(
     for factor in sorted(set(factors)):
         own = scaled_design(base, factor)
         folder = Path(out) / f"width-{factor:g}"
-        found = certify(dataset, minutes=minutes, seed=seed, out=folder, design=own, delta=delta).certificate
+        run = certify(dataset, minutes=minutes, seed=seed, out=folder, design=own, delta=delta, device=device)
+        found = run.certificate
         points.append(
             PathPoint(
                 factor,

@@ -60,7 +60,7 @@ _BEST_FILE, _STATE_FILE = "best.spnw", "state.npz"
 _LARGE_SHARE, _FIRST_SHARE = 0.1, 0.6
 #: Of the whole budget: each later training, and each local search at most.
 _LATER_SHARE, _SEARCH_SHARE = 0.1, 0.12
-#: A pruned start must not be forgotten in the first steps.
+#: Largest learning rate of the large network and of later rounds, which must not forget where they start.
 _LATER_RATE = 0.1
 _WIDER = 3
 _PRUNING_IMAGES = 4000
