@@ -171,9 +171,9 @@ def default_design(dataset: LabelledImages) -> Design:
 
 def _colour_design(classes: int, side: int) -> Design:
     layers = (
-        LayerSpec(CONV, 20, 1, 1, 0, 3, relu=False),
+        LayerSpec(CONV, 20, 1, 1, 0, 2, relu=False),
         LayerSpec(FILTERS, 20, 3, 2, 1),
-        LayerSpec(CONV, 8, 1, 1, 0, 3),
-        LayerSpec(CONV, classes, side, 1, 0, 3, relu=False),
+        LayerSpec(CONV, 8, 1, 1, 0, 2),
+        LayerSpec(CONV, classes, side, 1, 0, 2, relu=False),
     )
     return Design(3, 1, True, layers, EDGES)
