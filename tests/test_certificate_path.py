@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 from test_certify import DESIGN, MINUTES, dataset
 
 from specprune.analysis.certificate import certificate_of, load_network
-from specprune.analysis.certificate_path import CertificatePath, PathPoint, certificate_path, scaled_design
-from specprune.analysis.code_design import Design
+from specprune.analysis.certificate_path import CertificatePath, PathPoint, certificate_path
+from specprune.analysis.code_design import Design, scaled_design
 from specprune.cli import main
 from specprune.compress.vocabulary import LayerSpec
 from specprune.figures import certificate_path as path_figure

@@ -11,7 +11,8 @@ from test_code_training import halves
 
 from specprune.analysis import certify as module
 from specprune.analysis.certificate import certificate_of, load_network
-from specprune.analysis.certify import certify, contradictory_labels
+from specprune.analysis.certified import contradictory_labels
+from specprune.analysis.certify import certify
 from specprune.analysis.code_design import Design
 from specprune.compress.vocabulary import LayerSpec
 from specprune.testbed import Dataset

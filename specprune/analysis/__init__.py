@@ -3,7 +3,7 @@
 from specprune.analysis.approximation import Approximation, approximation, output_distance
 from specprune.analysis.certificate import Certificate, certificate_of, load_network, save_network, verify
 from specprune.analysis.certificate_path import CertificatePath, PathPoint
-from specprune.analysis.certify import Certified
+from specprune.analysis.certified import Certified
 from specprune.analysis.chain import ChainLayer, trace_chain
 from specprune.analysis.coded import OccamResult, occam_results
 from specprune.analysis.comparison import METHODS, Comparison, ComparisonPoint, compare

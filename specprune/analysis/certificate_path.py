@@ -21,11 +21,11 @@ from specprune._records import format_table, to_json
 from specprune.analysis.certificate import LabelledImages
 from specprune.analysis.certify import certify
 from specprune.analysis.code_baselines import Baseline, float_baseline, subspace_baseline
-from specprune.analysis.code_design import Design, default_design
+from specprune.analysis.code_design import Design, default_design, scaled_design
 from specprune.analysis.code_training import TrainingImages, training_images
+from specprune.analysis.tradeoff import CURVE_STYLES
 from specprune.bounds.bound import check_number
 from specprune.compress.integer_network import integer_pixels
-from specprune.compress.vocabulary import DEPTHWISE, FILTERS, MAX_CHANNELS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -140,47 +140,19 @@ class CertificatePath:
 
             _, ax = plt.subplots(figsize=(5.0, 3.4), layout="constrained")
         bits = [point.bits for point in self.points]
-        styles: dict[str, tuple[list[float], dict[str, Any]]] = {
-            "certificate": ([point.certificate for point in self.points], {"color": "#000000", "marker": "o"}),
-            "training error (bias)": ([p.train_error for p in self.points], {"color": "#0072B2", "marker": "v"}),
-            "price of the bits (variance)": (
-                [p.certificate - p.train_error for p in self.points],
-                {"color": "#D55E00", "marker": "^"},
-            ),
-            "test error (measured)": (
-                [p.test_error for p in self.points],
-                {"color": "#009E73", "marker": "s", "linestyle": "--"},
-            ),
-        }
-        for label, (values, style) in styles.items():
-            ax.plot(bits, [100 * value for value in values], label=label, markersize=4, **style)
+        for label, values, role in (
+            ("certificate", [point.certificate for point in self.points], "bound"),
+            ("training error (bias)", [point.train_error for point in self.points], "bias"),
+            ("price of the bits (variance)", [p.certificate - p.train_error for p in self.points], "variance"),
+            ("test error (measured)", [point.test_error for point in self.points], "test"),
+        ):
+            ax.plot(bits, [100 * value for value in values], label=label, **CURVE_STYLES[role])
         if self.published is not None:
             ax.axhline(100 * self.published, color="0.45", linestyle=":", linewidth=0.8, label="published")
         ax.set_xlabel("length of the word [bits]")
         ax.set_ylabel("error [%]")
         ax.set_ylim(bottom=0)
         return ax
-
-
-def scaled_design(design: Design, factor: float) -> Design:
-    """Return a design with all widths multiplied, rounded, and kept between 1 and the language's limit.
-
-    Args:
-        design: whose last layer stays as it is.
-        factor: above 0.
-
-    Raises:
-        ValueError: the factor is not above 0.
-    """
-    factor = check_number("factor", factor, 0.0, open_low=True)
-    layers = []
-    width = 0
-    for layer in design.layers[:-1]:
-        # Layers that do not mix channels have as many as the layer before.
-        mixes = layer.kind not in (FILTERS, DEPTHWISE)
-        width = max(1, min(MAX_CHANNELS, round(factor * layer.out_channels))) if mixes or not width else width
-        layers.append(dataclasses.replace(layer, out_channels=width))
-    return dataclasses.replace(design, layers=(*layers, design.layers[-1]))
 
 
 def certificate_path(

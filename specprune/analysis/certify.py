@@ -7,32 +7,28 @@ and its training errors decides what is best.  A state file beside it lets an in
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
 import os
 import time
-from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from specprune._files import load_arrays, save_arrays
-from specprune._records import format_table, to_json
 from specprune.analysis.certificate import (
-    Certificate,
     LabelledImages,
     certificate_of,
     load_network,
     save_network,
 )
-from specprune.analysis.code_design import Design, default_design, rounded
+from specprune.analysis.certified import Certified, Step, contradictory_labels
+from specprune.analysis.code_design import Design, default_design, rounded, scaled_design
+from specprune.analysis.code_pruning import pruned_weights
 from specprune.analysis.code_search import CodeSearch
 from specprune.analysis.code_training import (
     LEARNING_RATE,
@@ -48,8 +44,7 @@ from specprune.bounds.bound import check_count, check_number
 from specprune.bounds.code_length import code_length_limit, samples_needed
 from specprune.compress.integer_network import count_errors, integer_pixels
 from specprune.compress.language import length_in_bits
-from specprune.compress.spectral import prune
-from specprune.compress.vocabulary import CONV, LINEAR, MAX_CHANNELS, IntegerNetwork
+from specprune.compress.vocabulary import CONV, LINEAR, IntegerNetwork
 
 logger = logging.getLogger(__name__)
 
@@ -68,108 +63,6 @@ _SAVE_SECONDS = 20.0
 #: A schedule is made anew when it would end this share of its remaining time too early or too late.
 _TOLERANCE = 0.1
 _EPOCHS_TO_MEASURE = 5
-
-
-@dataclass(frozen=True)
-class Step:
-    """A moment at which the certificate fell.
-
-    Attributes:
-        seconds: since the start of the run, interruptions left out.
-        phase: what found it: "training" or "search", and the number of the round.
-        value: the certified error.
-        errors: on the training set, counted in floating point; the final certificate counts in whole numbers.
-        bits: of the word.
-    """
-
-    seconds: float
-    phase: str
-    value: float
-    errors: int
-    bits: int
-
-
-@dataclass(frozen=True, eq=False)
-class Certified:
-    """What a run found.
-
-    Attributes:
-        network: the best network.
-        certificate: what its word promises.
-        history: every improvement, in order.
-        start: "pruned" or "scratch".
-        seed: of all random choices.
-        seconds: used.
-        contradictory: how many training errors no classifier can avoid, as equal images have different labels.
-    """
-
-    network: IntegerNetwork
-    certificate: Certificate
-    history: tuple[Step, ...]
-    start: str
-    seed: int
-    seconds: float
-    contradictory: int
-
-    def to_records(self) -> list[dict[str, Any]]:
-        """Return one record for each improvement."""
-        common = {"data": self.certificate.data, "start": self.start, "seed": self.seed}
-        return [{**common, **dataclasses.asdict(step)} for step in self.history]
-
-    def to_json(self) -> str:
-        """Return the certificate and how it was found as JSON."""
-        return to_json(
-            {
-                "certificate": json.loads(self.certificate.to_json()),
-                "start": self.start,
-                "seed": self.seed,
-                "seconds": self.seconds,
-                "contradictory": self.contradictory,
-                "history": [dataclasses.asdict(step) for step in self.history],
-            }
-        )
-
-    def __str__(self) -> str:
-        rows = [
-            {
-                "seconds": round(step.seconds),
-                "phase": step.phase,
-                "certificate": f"{step.value:.3%}",
-                "train": f"{step.errors / self.certificate.n:.3%}",
-                "bits": step.bits,
-            }
-            for step in _thinned(self.history, 12)
-        ]
-        title = f"{self.certificate.data}, {self.start} start, seed {self.seed}, {self.seconds:.0f} s"
-        text = f"{format_table(rows, title=title)}\n\n{self.certificate}"
-        if self.contradictory:
-            text += (
-                f"\nWarning: equal training images have different labels, so that at least {self.contradictory} errors "
-                "are unavoidable."
-            )
-        return text
-
-
-def _thinned(steps: Sequence[Step], most: int) -> list[Step]:
-    if len(steps) <= most:
-        return list(steps)
-    places = np.unique(np.linspace(0, len(steps) - 1, most).round().astype(int))
-    return [steps[place] for place in places]
-
-
-def contradictory_labels(pixels: Tensor, targets: Tensor) -> int:
-    """Return how many errors no classifier can avoid: equal images that are not of their group's most frequent class.
-
-    Args:
-        pixels: uint8, shape (n, ...).
-        targets: int64 labels, (n,).
-    """
-    rows = np.ascontiguousarray(pixels.cpu().numpy().reshape(len(pixels), -1))
-    _, group = np.unique(rows.view([("", np.void, rows.shape[1])]).ravel(), return_inverse=True)
-    pairs, counts = np.unique(np.stack([group.ravel(), targets.cpu().numpy()]), axis=1, return_counts=True)
-    most = np.zeros(int(group.max()) + 1, dtype=np.int64)
-    np.maximum.at(most, pairs[0], counts)
-    return int(len(rows) - most.sum())
 
 
 def certify(
@@ -323,7 +216,7 @@ class _Run:
 
     def _pruned_weights(self) -> list[Tensor]:
         """Train a wider network in real numbers, and prune it to the design's widths."""
-        wide = _widened(self.design)
+        wide = scaled_design(self.design, _WIDER)
         images = self._images(wide)
         latent = random_start(wide, self.seed).to(self.device)
         epochs = self._affordable(wide, images, latent, _LARGE_SHARE, whole=False)
@@ -331,12 +224,9 @@ class _Run:
             wide, images, latent, epochs, seed=self.seed, learning_rate=_LATER_RATE, whole=False, after_epoch=self._tick
         )
         some = torch.randperm(len(self.targets), generator=torch.Generator().manual_seed(self.seed))[:_PRUNING_IMAGES]
-        batches = list(images.maps[0][some].split(500))
-        widths = {f"layer{number}": layer.out_channels for number, layer in enumerate(self.design.layers[:-1])}
-        pruned = prune(_module(wide, latent.weights), batches, widths=widths, seed=self.seed)
-        found = [module.weight for module in pruned.model.modules() if isinstance(module, nn.Conv2d)]
+        found = pruned_weights(wide, latent.weights, self.design, images.maps[0][some], self.seed)
         logger.info("pruned from %s to %s channels", [s[0] for s in wide.shapes], [s[0] for s in self.design.shapes])
-        return [weight.detach().cpu().clone() for weight in found]
+        return found
 
     def _affordable(
         self, design: Design, images: TrainingImages, latent: Latent, share: float, *, whole: bool = True
@@ -497,36 +387,3 @@ class _Run:
 def _batch(n: int) -> int:
     """Return the examples a step: fewer where the training set is small."""
     return max(1, min(100, n // 20))
-
-
-def _widened(design: Design) -> Design:
-    layers = [
-        dataclasses.replace(layer, out_channels=min(MAX_CHANNELS, _WIDER * layer.out_channels))
-        for layer in design.layers[:-1]
-    ]
-    return dataclasses.replace(design, layers=(*layers, design.layers[-1]))
-
-
-class _SumPositions(nn.Module):
-    """Sums over positions."""
-
-    def forward(self, values: Tensor) -> Tensor:
-        return values.sum((2, 3), keepdim=True)
-
-
-def _module(design: Design, weights: Sequence[Tensor]) -> nn.Sequential:
-    """Return a design of convolutions as an ordinary network, for pruning."""
-    children: dict[str, nn.Module] = {}
-    for number, (layer, weight) in enumerate(zip(design.layers, weights, strict=True)):
-        if layer.kind == LINEAR:
-            children[f"sum{number}"] = _SumPositions()
-        # On "meta", no weights are drawn, which would move the global random state.
-        sizes = weight.shape[1], len(weight), layer.kernel, layer.stride, layer.padding
-        conv = nn.Conv2d(*sizes, bias=False, device="meta")
-        conv.weight = nn.Parameter(weight.detach().clone() / math.sqrt(weight[0].numel()))
-        children[f"layer{number}"] = conv
-        if layer.relu:
-            children[f"relu{number}"] = nn.ReLU()
-    children["sum"] = _SumPositions()
-    children["flatten"] = nn.Flatten()
-    return nn.Sequential(OrderedDict(children))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,8 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specprune.analysis.certificate import LabelledImages
+from specprune.bounds.bound import check_number
 from specprune.compress.front_ends import EDGES, PIXELS, edge_maps, feature_channels, mirrored, pixel_sums
-from specprune.compress.vocabulary import CONV, FILTER_BANK, FILTERS, LINEAR, IntegerNetwork, LayerSpec
+from specprune.compress.vocabulary import (
+    CONV,
+    DEPTHWISE,
+    FILTER_BANK,
+    FILTERS,
+    LINEAR,
+    MAX_CHANNELS,
+    IntegerNetwork,
+    LayerSpec,
+)
 
 _MANY = 20_000
 
@@ -127,6 +138,27 @@ def filter_kernels(channels: int, like: Tensor) -> Tensor:
 def gains(design: Design) -> list[float]:
     """Return a factor per layer that keeps float32 in range: one over the root of a kernel's number of weights."""
     return [1 / math.sqrt(math.prod(shape[1:])) for shape in design.shapes]
+
+
+def scaled_design(design: Design, factor: float) -> Design:
+    """Return a design with all widths multiplied, rounded, and kept between 1 and the language's limit.
+
+    Args:
+        design: whose last layer stays as it is.
+        factor: above 0.
+
+    Raises:
+        ValueError: the factor is not above 0.
+    """
+    factor = check_number("factor", factor, 0.0, open_low=True)
+    layers = []
+    width = 0
+    for layer in design.layers[:-1]:
+        # Layers that do not mix channels have as many as the layer before.
+        mixes = layer.kind not in (FILTERS, DEPTHWISE)
+        width = max(1, min(MAX_CHANNELS, round(factor * layer.out_channels))) if mixes or not width else width
+        layers.append(dataclasses.replace(layer, out_channels=width))
+    return dataclasses.replace(design, layers=(*layers, design.layers[-1]))
 
 
 def default_design(dataset: LabelledImages) -> Design:
