@@ -28,10 +28,10 @@ from specprune.analysis.certificate import (
 )
 from specprune.analysis.certified import Certified, Step, contradictory_labels
 from specprune.analysis.code_design import Design, default_design, rounded, scaled_design
-from specprune.analysis.code_pruning import pruned_weights
-from specprune.analysis.code_search import CodeSearch
+from specprune.analysis.code_pruning import can_be_pruned_to, pruned_weights
+from specprune.analysis.code_search import NEAR, CodeSearch
 from specprune.analysis.code_training import (
-    LEARNING_RATE,
+    LEARNING_RATES,
     Latent,
     TrainingImages,
     count_float_errors,
@@ -44,7 +44,7 @@ from specprune.bounds.bound import check_count, check_number
 from specprune.bounds.code_length import code_length_limit, samples_needed
 from specprune.compress.integer_network import count_errors, integer_pixels
 from specprune.compress.language import length_in_bits
-from specprune.compress.vocabulary import CONV, LINEAR, IntegerNetwork
+from specprune.compress.vocabulary import IntegerNetwork
 
 logger = logging.getLogger(__name__)
 
@@ -52,11 +52,13 @@ STARTS = ("pruned", "scratch")
 _STATE = "certify state"
 _BEST_FILE, _STATE_FILE = "best.spnw", "state.npz"
 #: Of the whole budget: the large network's training, and the first training on the grid.
-_LARGE_SHARE, _FIRST_SHARE = 0.1, 0.6
+_LARGE_SHARE, _FIRST_SHARE = 0.1, 0.5
 #: Of the whole budget: each later training, and each local search at most.
-_LATER_SHARE, _SEARCH_SHARE = 0.1, 0.12
-#: Largest learning rate of the large network and of later rounds, which must not forget where they start.
-_LATER_RATE = 0.1
+_LATER_SHARE, _SEARCH_SHARE = 0.1, 0.25
+#: Of the largest learning rate: for the large network, and for later rounds, which must not forget where they start.
+_LATER_RATE = 1 / 3
+#: Examples that changes are tried on, of the certified errors, if that is more than usual.
+_NEAR_SHARE = 0.4
 _WIDER = 3
 _PRUNING_IMAGES = 4000
 _SAVE_SECONDS = 20.0
@@ -104,12 +106,15 @@ def certify(
     delta = check_number("delta", delta, 0.0, 1.0, open_low=True, open_high=True)
     seed = check_count("seed", seed, low=0)
     chosen = default_design(dataset) if design is None else design
-    prunable = all(layer.kind in (CONV, LINEAR) and not layer.tied for layer in chosen.layers)
+    prunable = can_be_pruned_to(chosen)
     start = start or ("pruned" if prunable else "scratch")
     if start not in STARTS:
         raise ValueError(f"start {start!r}: expected one of {', '.join(STARTS)}")
     if start == "pruned" and not prunable:
-        raise ValueError("a design with fixed, depthwise or tied layers cannot be pruned to; choose start='scratch'")
+        raise ValueError(
+            "a design with depthwise or tied layers, or with filters that do not follow a convolution without ReLU to "
+            "a multiple of 4 channels, cannot be pruned to; choose start='scratch'"
+        )
     _check_data(dataset, chosen, delta)
     return _Run(dataset, chosen, Path(out), start, seed, delta, 60 * minutes, torch.device(device)).go()
 
@@ -220,8 +225,9 @@ class _Run:
         images = self._images(wide)
         latent = random_start(wide, self.seed).to(self.device)
         epochs = self._affordable(wide, images, latent, _LARGE_SHARE, whole=False)
+        later = _LATER_RATE * LEARNING_RATES[wide.features]
         train_epochs(
-            wide, images, latent, epochs, seed=self.seed, learning_rate=_LATER_RATE, whole=False, after_epoch=self._tick
+            wide, images, latent, epochs, seed=self.seed, learning_rate=later, whole=False, after_epoch=self._tick
         )
         some = torch.randperm(len(self.targets), generator=torch.Generator().manual_seed(self.seed))[:_PRUNING_IMAGES]
         found = pruned_weights(wide, latent.weights, self.design, images.maps[0][some], self.seed)
@@ -273,7 +279,7 @@ class _Run:
                 self.latent,
                 self.planned,
                 seed=self.seed + 7919 * self.round,
-                learning_rate=LEARNING_RATE if first else _LATER_RATE,
+                learning_rate=LEARNING_RATES[self.design.features] * (1 if first else _LATER_RATE),
                 batch=_batch(images.n),
                 after_epoch=after_epoch,
             )
@@ -286,7 +292,8 @@ class _Run:
         assert self.best is not None
         # A round that ended elsewhere is searched there: it may lead lower than what has been searched before.
         start = self.candidate[1] if self.candidate is not None else self.best
-        search = CodeSearch(start, self.design, images, delta=self.delta, seed=self.seed + self.round)
+        near = max(NEAR, int(_NEAR_SHARE * self.value * images.n))
+        search = CodeSearch(start, self.design, images, delta=self.delta, seed=self.seed + self.round, near=near)
         until = min(self.elapsed + _SEARCH_SHARE * self.budget, self.budget)
         pairs, idle = False, 0
         while self.elapsed < until and idle < 2:
