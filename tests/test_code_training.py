@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specprune.analysis.code_design import Design, default_design, design_of, gains, rounded
+from specprune.analysis import code_training
+from specprune.analysis.code_design import Design, default_design, design_of, gains, rounded, scores
 from specprune.analysis.code_training import (
     Latent,
     count_float_errors,
@@ -124,6 +125,40 @@ def test_training_learns_and_shortens_the_word():
         found[rate] = count_float_errors(images, weights, SMALL) / images.n, word_bits(SMALL.network(weights))
     assert found[0.0][0] < 0.1
     assert found[5.0][1] < found[0.0][1] - 10
+
+
+def test_latent_weights_end_near_whole_numbers(monkeypatch):
+    pixels, targets = halves()
+    images = training_images(SMALL, pixels, targets)
+    usual = code_training._DAMPING
+    distances = []
+    for damping in (0.0, usual):
+        monkeypatch.setattr(code_training, "_DAMPING", damping)
+        state = train_epochs(SMALL, images, random_start(SMALL, 0), 20, seed=0, rate=0.0, batch=20)
+        # One that is pushed beyond the grid is only held back.
+        inside = [weight[weight.abs() < 2] for weight in state.weights]
+        distances.append(float(torch.cat([(weight - weight.round()).abs() for weight in inside]).mean()))
+    assert distances[0] > 0.15
+    assert distances[1] < 0.05
+
+
+def test_each_step_sees_one_view(monkeypatch):
+    design = Design(1, 1, True, SMALL.layers)
+    pixels, targets = halves(200)
+    images = training_images(design, pixels, targets)
+    seen = []
+
+    def watched(maps, weights, layers):
+        seen.append(maps)
+        return scores(maps, weights, layers)
+
+    monkeypatch.setattr(code_training, "scores", watched)
+    train_epochs(design, images, random_start(design, 0), 2, seed=0, batch=20)
+    assert len(seen) == 20
+    rows = [{row.numpy().tobytes() for row in view} for view in images.maps]
+    views = [[all(row.numpy().tobytes() in own for row in part) for own in rows] for part in seen]
+    assert all(sum(view) == 1 for view in views)
+    assert 0 < sum(view[0] for view in views) < 20
 
 
 def test_real_weights_need_no_grid():
