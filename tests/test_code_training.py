@@ -127,13 +127,12 @@ def test_training_learns_and_shortens_the_word():
     assert found[5.0][1] < found[0.0][1] - 10
 
 
-def test_latent_weights_end_near_whole_numbers(monkeypatch):
+def test_damped_weights_end_near_whole_numbers(monkeypatch):
     pixels, targets = halves()
     images = training_images(SMALL, pixels, targets)
-    usual = code_training._DAMPING
     distances = []
-    for damping in (0.0, usual):
-        monkeypatch.setattr(code_training, "_DAMPING", damping)
+    for damping in (0.0, 0.03):
+        monkeypatch.setitem(code_training.DAMPINGS, "pixels", damping)
         state = train_epochs(SMALL, images, random_start(SMALL, 0), 20, seed=0, rate=0.0, batch=20)
         # One that is pushed beyond the grid is only held back.
         inside = [weight[weight.abs() < 2] for weight in state.weights]
