@@ -39,8 +39,8 @@ _WARM_STEPS = 100
 _RATE_RISES = 0.3
 _LAST_RATE = 2e-3
 #: Share of its way to the nearest whole number that a latent weight goes in each step, at the end of the schedule; it
-#: rises from 0.  Without, weights of colour designs jump back and forth across a rounding threshold to the end (Nagel et
-#: al. 2022, arXiv:2203.11086), and errors with them: CIFAR-10 58.5 % against 56.9 %.  At the larger learning rate of
+#: rises from 0.  Without, weights of colour designs jump back and forth across a rounding threshold to the end (Nagel
+#: et al. 2022, arXiv:2203.11086), and errors with them: CIFAR-10 58.5 % against 56.9 %.  At the larger learning rate of
 #: grey images the jumps search, and the best of them is kept: MNIST after 4 minutes 7.37 % without, 7.54 % with it.
 DAMPINGS = {PIXELS: 0.0, EDGES: 0.03}
 _BEYOND = 0.49  # latent weights stay this close to the grid
