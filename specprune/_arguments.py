@@ -166,6 +166,18 @@ def build_parser() -> argparse.ArgumentParser:
     verification.add_argument("--out", type=Path, default=Path("results"), help="folder for verify.json")
     verification.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
+    descent = _command(
+        commands,
+        "double-descent",
+        "draw risk against size for pruned linear models, random features and networks, theory and simulation",
+        "specprune double-descent double_descent --out results/descent",
+    )
+    descent.add_argument("names", nargs="*", type=_descent_figure, help="which figures; by default all")
+    descent.add_argument(
+        "--quick", action="store_true", help="small problems and few draws: seconds instead of minutes"
+    )
+    _add_common(descent)
+
     figures = _command(
         commands,
         "figures",
@@ -319,6 +331,14 @@ def _figure(text: str) -> str:
 
     if text not in FIGURES:
         raise argparse.ArgumentTypeError(f"{text!r}: expected one of {', '.join(FIGURES)}")
+    return text
+
+
+def _descent_figure(text: str) -> str:
+    from specprune.figures.double_descent import DESCENT_FIGURES  # draws; the other commands do without
+
+    if text not in DESCENT_FIGURES:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected one of {', '.join(DESCENT_FIGURES)}")
     return text
 
 

@@ -328,6 +328,15 @@ def run_verify(options: argparse.Namespace) -> None:
     _show(options, "verify", verified(options.file, options.data, options.data_dir, options.delta))
 
 
+def run_double_descent(options: argparse.Namespace) -> None:
+    """Compute and draw risk against size."""
+    from specprune.figures.double_descent import make_descent_figures  # draws; the other commands do without
+
+    device = torch_device(options.device)
+    paths = make_descent_figures(options.out, options.names or None, options.quick, options.seed, device)
+    print(to_json(paths) if options.json else "\n".join(str(path) for path in paths))
+
+
 def run_figures(options: argparse.Namespace) -> None:
     """Draw the figures for a network; without one, for a net trained on the built-in digits."""
     from specprune.figures import FigureSetting, make_figures  # draws; the other commands do without
@@ -386,5 +395,6 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "tradeoff": run_tradeoff,
     "certify": run_certify,
     "verify": run_verify,
+    "double-descent": run_double_descent,
     "figures": run_figures,
 }

@@ -6,7 +6,7 @@ again.  So does the risk of what is left after pruning it to a fixed number of f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from tqdm import tqdm
 from specprune._records import format_table, to_json
 from specprune.analysis.linear_simulation import SimulatedRisks, simulate_risks
 from specprune.bounds.bound import check_count
-from specprune.bounds.overparameterized import IntArray, LinearProblem
+from specprune.bounds.overparameterized import IntArray, LinearProblem, check_sizes
 from specprune.bounds.pruned_risks import METHODS, PrunedRisks, pruned_risks
 
 if TYPE_CHECKING:
@@ -108,27 +108,56 @@ class DoubleDescent:
             import matplotlib.pyplot as plt  # draws; the numbers do without
 
             _, ax = plt.subplots()
-        sizes = self.theory.size
-        for name in methods:
-            # The peak splits each curve: no line is drawn across it.
-            values = np.array(getattr(self.theory, name), dtype=float)
-            for number, side in enumerate((sizes < self.n, sizes > self.n)):
-                label = METHOD_LABELS[name] if not number or not (sizes < self.n).any() else None
-                if side.any():
-                    ax.plot(sizes[side], values[side], label=label, **METHOD_STYLES[name])
-            if self.simulated:
-                means = [each.risks[name].value for each in self.simulated]
-                errors = [2 * each.risks[name].error for each in self.simulated]
-                color = METHOD_STYLES[name]["color"]
-                where = [each.size for each in self.simulated]
-                ax.errorbar(where, means, errors, color=color, fmt="o", markersize=2.5, elinewidth=0.8)
-        ax.axvline(self.n, color="0.6", linewidth=0.8, linestyle=":")
-        ax.set_xscale("log")
-        ax.set_ylim(0, _CEILING * self.null_risk)
-        ax.set_xlabel("features trained on")
-        ax.set_ylabel("test risk (mean squared error)")
-        ax.legend(frameon=False, fontsize="small")
+        draw_risks(ax, self.n, self.to_records(), methods, self.null_risk)
         return ax
+
+
+def draw_risks(
+    ax: Axes, n: int, records: Sequence[Mapping[str, Any]], methods: Sequence[str], null_risk: float
+) -> None:
+    """Draw risks against size: theory as lines, simulations as dots with two standard errors.
+
+    Args:
+        ax: where to draw.
+        n: number of examples, where the peak is; no line is drawn across it.
+        records: as of `DoubleDescent.to_records`, by rising size; what they lack is not drawn.
+        methods: which of `METHODS`.
+        null_risk: of the prediction 0, for the range of the axis.
+    """
+    for name in methods:
+        style = METHOD_STYLES[name]
+        label: str | None = METHOD_LABELS[name]
+        for side in (-1, 1):
+            line = [(r["size"], r[name]) for r in records if side * (r["size"] - n) > 0 and r.get(name) is not None]
+            if line:
+                ax.plot(*zip(*line, strict=True), label=label, **style)
+                label = None
+        dots = [r for r in records if r.get(f"simulated_{name}") is not None]
+        if dots:
+            means = [r[f"simulated_{name}"] for r in dots]
+            errors = [2 * r[f"simulated_{name}_error"] for r in dots]
+            dotted = {"color": style["color"], "fmt": "o", "markersize": 2.5, "elinewidth": 0.8}
+            ax.errorbar([r["size"] for r in dots], means, errors, label=label and f"{label} (simulated)", **dotted)
+    ax.axvline(n, color="0.6", linewidth=0.8, linestyle=":")
+    size_axis(ax)
+    ax.set_ylim(0, _CEILING * null_risk)
+    ax.set_xlabel("features trained on")
+    ax.set_ylabel("test risk (squared error)")
+    ax.legend(frameon=False, fontsize="small")
+
+
+def size_axis(ax: Axes) -> None:
+    """Make x logarithmic, with plain numbers at 1, 2 and 5 times powers of ten.
+
+    Args:
+        ax: with its curves.
+    """
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter  # draws; the numbers do without
+
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
 
 
 def usual_sizes(problem: LinearProblem, keep: int, count: int = 60) -> IntArray:
@@ -180,7 +209,8 @@ def double_descent(
 
     Source: Chang et al. 2021 (arXiv:2012.08749); see `specprune.bounds.pruned_risks`.
     """
-    chosen = usual_sizes(problem, keep) if sizes is None else sizes
+    chosen = usual_sizes(problem, keep) if sizes is None else check_sizes(sizes, problem.features, problem.n)
+    chosen = np.union1d(chosen, np.asarray(simulated, dtype=np.int64))
     theory = pruned_risks(problem, chosen, keep)
     found = tuple(
         simulate_risks(problem, keep, size=int(size), draws=draws, seed=seed + number, device=device)

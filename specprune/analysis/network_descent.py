@@ -20,7 +20,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from tqdm import tqdm
 
 from specprune._records import format_table, to_json
-from specprune.analysis.double_descent import METHOD_STYLES
+from specprune.analysis.double_descent import METHOD_STYLES, size_axis
 from specprune.bounds.bound import check_count, check_number
 from specprune.compress.spectral import prune
 
@@ -111,10 +111,10 @@ class NetworkDescent:
             error = 2 * values.std(1, ddof=1) / math.sqrt(len(self.seeds)) if len(self.seeds) > 1 else None
             ax.errorbar(self.widths, values.mean(1), error, label=label, elinewidth=0.8, **style)
         ax.axhline(first.mean(), label="trained small", **METHOD_STYLES["oracle_refit"])
-        ax.set_xscale("log")
+        size_axis(ax)
         ax.set_ylim(bottom=0)
         ax.set_xlabel("hidden nodes trained")
-        ax.set_ylabel("test loss (mean squared error)" if loss else "test error [%]")
+        ax.set_ylabel("test loss (squared error)" if loss else "test error [%]")
         ax.legend(frameon=False, fontsize="small")
         return ax
 
