@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 from specprune.analysis import code_training
 from specprune.analysis.code_design import Design, default_design, design_of, gains, rounded, scores
 from specprune.analysis.code_training import (
+    COLOUR,
+    GREY,
     Latent,
+    Recipe,
     count_float_errors,
     random_start,
     rate_gradient,
@@ -19,6 +22,7 @@ from specprune.analysis.code_training import (
     train_epochs,
     training_images,
     unit_scores,
+    usual_recipe,
     word_bits,
 )
 from specprune.analysis.code_training import batch_scores as scores_of
@@ -120,25 +124,32 @@ def test_training_learns_and_shortens_the_word():
     images = training_images(SMALL, pixels, targets)
     found = {}
     for rate in (0.0, 5.0):
-        state = train_epochs(SMALL, images, random_start(SMALL, 0), 10, seed=0, rate=rate, batch=20)
+        state = train_epochs(SMALL, images, random_start(SMALL, 0), 10, seed=0, recipe=Recipe(0.3, rate, 0.0), batch=20)
         weights = [rounded(w, 2) for w in state.weights]
         found[rate] = count_float_errors(images, weights, SMALL) / images.n, word_bits(SMALL.network(weights))
     assert found[0.0][0] < 0.1
     assert found[5.0][1] < found[0.0][1] - 10
 
 
-def test_damped_weights_end_near_whole_numbers(monkeypatch):
+def test_damped_weights_end_near_whole_numbers():
     pixels, targets = halves()
     images = training_images(SMALL, pixels, targets)
     distances = []
     for damping in (0.0, 0.03):
-        monkeypatch.setitem(code_training.DAMPINGS, "pixels", damping)
-        state = train_epochs(SMALL, images, random_start(SMALL, 0), 20, seed=0, rate=0.0, batch=20)
+        state = train_epochs(
+            SMALL, images, random_start(SMALL, 0), 20, seed=0, recipe=Recipe(0.3, 0.0, damping), batch=20
+        )
         # One that is pushed beyond the grid is only held back.
         inside = [weight[weight.abs() < 2] for weight in state.weights]
         distances.append(float(torch.cat([(weight - weight.round()).abs() for weight in inside]).mean()))
     assert distances[0] > 0.15
     assert distances[1] < 0.05
+
+
+def test_colour_images_are_trained_more_slowly():
+    assert usual_recipe(DESIGNS[3]) is COLOUR
+    assert usual_recipe(SMALL) is GREY
+    assert COLOUR.learning_rate < GREY.learning_rate
 
 
 def test_each_step_sees_one_view(monkeypatch):
@@ -163,7 +174,9 @@ def test_each_step_sees_one_view(monkeypatch):
 def test_real_weights_need_no_grid():
     pixels, targets = halves()
     images = training_images(SMALL, pixels, targets)
-    state = train_epochs(SMALL, images, random_start(SMALL, 0), 6, seed=0, learning_rate=0.1, batch=20, whole=False)
+    state = train_epochs(
+        SMALL, images, random_start(SMALL, 0), 6, seed=0, recipe=Recipe(0.1, 0.0, 0.0), batch=20, whole=False
+    )
     assert count_float_errors(images, state.weights, SMALL) < 0.1 * images.n
     assert any((w != w.round()).any() for w in state.weights)
 

@@ -31,14 +31,15 @@ from specprune.analysis.code_design import Design, default_design, rounded, scal
 from specprune.analysis.code_pruning import can_be_pruned_to, pruned_weights
 from specprune.analysis.code_search import NEAR, CodeSearch
 from specprune.analysis.code_training import (
-    LEARNING_RATES,
     Latent,
+    Recipe,
     TrainingImages,
     count_float_errors,
     random_start,
     start_from,
     train_epochs,
     training_images,
+    usual_recipe,
 )
 from specprune.bounds.bound import check_count, check_number
 from specprune.bounds.code_length import code_length_limit, samples_needed
@@ -200,8 +201,10 @@ class _Run:
         with tqdm(total=round(self.budget), unit="s", disable=None, desc=f"certify {self.dataset.name}") as bar:
             self.bar = bar
             if self.latent is None and self.round == 0:
+                # A network from the first minute on, however long the large one takes.
+                self._offer_rounded(images, random_start(self.design, self.seed).to(self.device), "random weights")
                 self.latent = self._first_latent()
-                self._offer_rounded(images, self.latent, "start")  # so that there is a network whatever the budget
+                self._offer_rounded(images, self.latent, "start")
             while not self._out_of_time():
                 self._train(images)
                 if self._out_of_time():
@@ -225,14 +228,24 @@ class _Run:
         images = self._images(wide)
         latent = random_start(wide, self.seed).to(self.device)
         epochs = self._affordable(wide, images, latent, _LARGE_SHARE, whole=False)
-        later = _LATER_RATE * LEARNING_RATES[wide.features]
         train_epochs(
-            wide, images, latent, epochs, seed=self.seed, learning_rate=later, whole=False, after_epoch=self._tick
+            wide,
+            images,
+            latent,
+            epochs,
+            seed=self.seed,
+            recipe=self._recipe(False),
+            whole=False,
+            after_epoch=self._tick,
         )
         some = torch.randperm(len(self.targets), generator=torch.Generator().manual_seed(self.seed))[:_PRUNING_IMAGES]
         found = pruned_weights(wide, latent.weights, self.design, images.maps[0][some], self.seed)
         logger.info("pruned from %s to %s channels", [s[0] for s in wide.shapes], [s[0] for s in self.design.shapes])
         return found
+
+    def _recipe(self, first: bool) -> Recipe:
+        usual = usual_recipe(self.design)
+        return usual if first else dataclasses.replace(usual, learning_rate=_LATER_RATE * usual.learning_rate)
 
     def _affordable(
         self, design: Design, images: TrainingImages, latent: Latent, share: float, *, whole: bool = True
@@ -279,7 +292,7 @@ class _Run:
                 self.latent,
                 self.planned,
                 seed=self.seed + 7919 * self.round,
-                learning_rate=LEARNING_RATES[self.design.features] * (1 if first else _LATER_RATE),
+                recipe=self._recipe(first),
                 batch=_batch(images.n),
                 after_epoch=after_epoch,
             )

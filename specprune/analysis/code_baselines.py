@@ -17,6 +17,7 @@ from torch import Tensor
 from specprune.analysis.code_design import Design, gains
 from specprune.analysis.code_training import (
     Latent,
+    Recipe,
     TrainingImages,
     batch_scores,
     count_float_errors,
@@ -35,6 +36,7 @@ FLOAT_BITS = 32
 #: Coefficients are whole numbers from -7 to 7 times one of these steps, which is written with 3 bits.
 STEPS = tuple(2.0**-k for k in range(8))
 _COEFFICIENT_LEVELS = 7
+_FLOAT_RECIPE = Recipe(0.1, 0.0, 0.0)
 _RATE = 0.05
 _LAST = 0.02
 
@@ -85,7 +87,7 @@ def float_baseline(
         batch: examples a step.
     """
     latent = train_epochs(
-        design, images, random_start(design, seed), epochs, seed=seed, learning_rate=0.1, batch=batch, whole=False
+        design, images, random_start(design, seed), epochs, seed=seed, recipe=_FLOAT_RECIPE, batch=batch, whole=False
     )
     weights = [weight.detach() for weight in latent.weights]
     count = sum(weight.numel() for weight in weights)

@@ -19,32 +19,50 @@ from torch import Tensor
 
 from specprune.analysis.code_design import Design, front_end, gains, rounded, scores
 from specprune.bounds.bound import check_count
-from specprune.compress.front_ends import EDGES, PIXELS
 from specprune.compress.language import ideal_bits
 from specprune.compress.vocabulary import IntegerNetwork
 
 #: Examples a step; at equal epochs 100 gave 9.0 % where 250 gave 9.6 %, more but noisier steps.
 BATCH = 100
-#: Largest step of a latent weight, in units of the grid, by front end.  On grey images a rate that crosses the grid in
-#: some ten steps is best: most weights end at its ends, which costs little more than a sign (MNIST: .1 gives 12.0 %
-#: where .3 gives 10.9 %; CIFAR-10: .3 gives 58.9 % where .1 gives 56.9 %).
-LEARNING_RATES = {PIXELS: 0.3, EDGES: 0.1}
-#: Nats a bit costs, times the number of examples, by front end.  Near the certificate's own exchange rate of bits and
-#: errors, at a few nats an error (MNIST: 5 gives 9.0 %, 2.5 gives 8.6 %; Fashion-MNIST: 24.2 % and 23.8 %).
-RATES = {PIXELS: 2.5, EDGES: 6.0}
 _TEMPERATURE_RATE = 3e-3
 _START_TEMPERATURE = math.e
 _WARM_STEPS = 100
 #: The price of bits rises to its full height over this share of the steps.
 _RATE_RISES = 0.3
 _LAST_RATE = 2e-3
-#: Share of its way to the nearest whole number that a latent weight goes in each step, at the end of the schedule; it
-#: rises from 0.  Without, weights of colour designs jump back and forth across a rounding threshold to the end (Nagel
-#: et al. 2022, arXiv:2203.11086), and errors with them: CIFAR-10 58.5 % against 56.9 %.  At the larger learning rate of
-#: grey images the jumps search, and the best of them is kept: MNIST after 4 minutes 7.37 % without, 7.54 % with it.
-DAMPINGS = {PIXELS: 0.0, EDGES: 0.03}
 _BEYOND = 0.49  # latent weights stay this close to the grid
 _TINY = 1e-12
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How fast to train, and towards what.
+
+    Attributes:
+        learning_rate: largest step of a latent weight, in units of the grid.
+        rate: nats a bit costs, times the number of examples.
+        damping: share of its way to the nearest whole number that a latent weight goes in each step at the end of the
+            schedule; it rises from 0.
+    """
+
+    learning_rate: float
+    rate: float
+    damping: float
+
+
+#: A learning rate that crosses the grid in some ten steps is best: most weights end at its ends, which costs little
+#: more than a sign (MNIST: .1 gives 12.0 % where .3 gives 10.9 %).  The rate is near the certificate's own exchange
+#: rate of bits and errors, at a few nats an error (MNIST: 5 gives 9.0 %, 2.5 gives 8.6 %; Fashion: 24.2 and 23.8 %).
+GREY = Recipe(0.3, 2.5, 0.0)
+#: Harder images: at .3 58.9 %, at .1 56.9 %.  Without damping, weights jump back and forth across a rounding threshold
+#: to the end (Nagel et al. 2022, arXiv:2203.11086), and errors with them: CIFAR-10 58.5 % against 56.9 %.  With the
+#: larger steps of `GREY` the jumps search, and the best is kept: MNIST after 4 minutes 7.37 % without, 7.54 % damped.
+COLOUR = Recipe(0.1, 6.0, 0.03)
+
+
+def usual_recipe(design: Design) -> Recipe:
+    """Return `COLOUR` for a design that reads three channels, `GREY` for others."""
+    return COLOUR if design.channels == 3 else GREY
 
 
 def unit_scores(values: Tensor) -> Tensor:
@@ -231,8 +249,7 @@ def train_epochs(
     epochs: int,
     *,
     seed: int,
-    learning_rate: float | None = None,
-    rate: float | None = None,
+    recipe: Recipe | None = None,
     batch: int = BATCH,
     whole: bool = True,
     after_epoch: Callable[[Latent], bool] | None = None,
@@ -240,8 +257,8 @@ def train_epochs(
     """Train latent weights from where they stand to the end of a schedule of so many epochs.
 
     Minimises cross-entropy of the rounded network's unit scores at a learnt temperature, plus rate/n times the word's
-    bits, by Adam with a half-cosine learning rate; behind some front ends (`DAMPINGS`), weights are
-    drawn to whole numbers more and more.
+    bits, by Adam with a half-cosine learning rate; a recipe's damping draws weights to whole numbers more and
+    more.
 
     Args:
         design: of the network.
@@ -249,8 +266,7 @@ def train_epochs(
         state: where to start; changed in place.  Its epoch says how much of the schedule is done.
         epochs: length of the whole schedule.
         seed: of the order of the examples, anew in each epoch.
-        learning_rate: largest, in units of the grid; that of the front end in `LEARNING_RATES` if None.
-        rate: nats that a bit costs, times n; that of the front end in `RATES` if None.
+        recipe: how fast, and what bits cost; `usual_recipe` if None.
         batch: examples a step.
         whole: whether to round; without, the weights stay real, between the ends of the grid, and bits cost nothing.
         after_epoch: called after each epoch; True stops the training.
@@ -262,9 +278,7 @@ def train_epochs(
         ValueError: no epochs, or fewer examples than a batch has.
     """
     epochs, batch = check_count("epochs", epochs), check_count("batch", batch)
-    learning_rate = LEARNING_RATES[design.features] if learning_rate is None else learning_rate
-    rate = RATES[design.features] if rate is None else rate
-    damping = DAMPINGS[design.features]
+    recipe = usual_recipe(design) if recipe is None else recipe
     steps = images.n // batch
     if steps < 1:
         raise ValueError(f"{images.n} training images are fewer than a batch of {batch}")
@@ -277,7 +291,7 @@ def train_epochs(
         views = torch.randint(len(images.maps), (steps,), generator=generator).tolist()
         for number, (rows, view) in enumerate(zip(order[: steps * batch].split(batch), views, strict=True)):
             done = (state.epoch + number / steps) / epochs
-            _set_rates(optimizer, done, state.epoch * steps + number, learning_rate)
+            _set_rates(optimizer, done, state.epoch * steps + number, recipe.learning_rate)
             optimizer.zero_grad(set_to_none=True)
             with torch.enable_grad():
                 kernels = [
@@ -289,15 +303,15 @@ def train_epochs(
                 values = values * state.temperature.exp()
                 F.cross_entropy(values, images.targets[rows]).backward()
             with torch.no_grad():
-                price = rate / images.n * min(1.0, done / _RATE_RISES) if whole else 0.0
+                price = recipe.rate / images.n * min(1.0, done / _RATE_RISES) if whole else 0.0
                 for weight, layer in zip(state.weights, owners, strict=True):
                     assert weight.grad is not None
                     weight.grad.add_(rate_gradient(weight, layer.levels), alpha=price)
             optimizer.step()
             with torch.no_grad():
                 for weight, layer in zip(state.weights, owners, strict=True):
-                    if whole and damping:
-                        weight.lerp_(rounded(weight, layer.levels), damping * done)
+                    if whole and recipe.damping:
+                        weight.lerp_(rounded(weight, layer.levels), recipe.damping * done)
                     weight.clamp_(-layer.levels - _BEYOND, layer.levels + _BEYOND)
         state.epoch += 1
         if after_epoch is not None and after_epoch(state):
