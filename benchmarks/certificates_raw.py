@@ -32,7 +32,7 @@ def grey(pooling: int) -> Design:
 
 def colour(pooling: int, mirror: bool) -> Design:
     """Return a design for 32 x 32 colour images, reading single pixels or sums of squares."""
-    first = LayerSpec(CONV, 12, 4 if pooling == 1 else 3, 3 - pooling, 1, 2)
+    first = LayerSpec(CONV, 12, 3, 3 - pooling, 1, 2)
     layers = (first, LayerSpec(CONV, 8, 3, 2, 1, 2), LayerSpec(CONV, 8, 3, 2, 1, 2), last(4, 2))
     return Design(3, pooling, mirror, layers)
 
