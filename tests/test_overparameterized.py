@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from scipy import integrate, optimize, stats
 
 from specprune.analysis.linear_simulation import simulate_risks
-from specprune.bounds import pruned_risks as module
 from specprune.bounds.overparameterized import LinearProblem, least_squares_law
-from specprune.bounds.pruned_risks import METHODS, oracle_support, pruned_risks
+from specprune.bounds.pruned_risks import METHODS, _tail_moments, oracle_support, pruned_risks
 
 
 def power_law(n=200, features=1000, noise=0.3):
@@ -86,7 +85,7 @@ def test_scales_and_order_of_features_do_not_matter(problem, data):
 @settings(deadline=None, max_examples=50)
 @given(st.floats(-3, 3), st.floats(0.1, 2), st.floats(0, 4))
 def test_tail_moments_are_integrals(mean, deviation, threshold):
-    found = module._tail_moments(np.array(mean), np.array(deviation), np.array(threshold))
+    found = _tail_moments(np.array(mean), np.array(deviation), np.array(threshold))
     law = stats.norm(mean, deviation)
     for power in range(3):
         outside = sum(

@@ -6,6 +6,13 @@ is a `Bound`: its value, its additive terms, its measured hypotheses, and whethe
 """
 
 from specprune.bounds.bound import Bound, Hypothesis
+from specprune.bounds.correlated_features import (
+    CorrelatedProblem,
+    ReluFeatures,
+    correlated_law,
+    correlated_risks,
+    rank_one_risks,
+)
 from specprune.bounds.covering import LayerSize, covering_bound, dudley_bound, optimal_polynomial_width, ramp_loss
 from specprune.bounds.degrees_of_freedom import (
     PowerLaw,
@@ -49,6 +56,7 @@ from specprune.bounds.occam import (
     quantise,
     tensor_code_length,
 )
+from specprune.bounds.overparameterized import LinearProblem, least_squares_law
 from specprune.bounds.pac_bayes import (
     catoni_bound,
     catoni_grid_bound,
@@ -59,6 +67,7 @@ from specprune.bounds.pac_bayes import (
     quadratic_bound,
     thiemann_bound,
 )
+from specprune.bounds.pruned_risks import PrunedRisks, pruned_risks
 from specprune.bounds.recurrent import recurrent_a_priori, recurrent_certificate
 from specprune.bounds.spectral import (
     PrunedLayer,
@@ -78,6 +87,7 @@ from specprune.bounds.symbolic import (
     polynomial_rate,
     power_law_constant,
 )
+from specprune.bounds.symbolic_overparameterized import isotropic_formulas, large_beats_small
 from specprune.bounds.symbolic_uncompressed import RATES, evaluate_rates, rates_latex, rates_records
 from specprune.bounds.uncompressed import (
     LossPair,
@@ -93,17 +103,21 @@ __all__ = [
     "STATEMENTS",
     "Bound",
     "CompressedSize",
+    "CorrelatedProblem",
     "DecayFit",
     "Feasibility",
     "Hypothesis",
     "InputNorms",
     "LayerNorms",
     "LayerSize",
+    "LinearProblem",
     "LossPair",
     "PolynomialRate",
     "PowerLaw",
     "PrunedLayer",
+    "PrunedRisks",
     "Quantised",
+    "ReluFeatures",
     "SpectralLayer",
     "StableLayer",
     "Statement",
@@ -119,6 +133,8 @@ __all__ = [
     "coded_disagreement_bound",
     "compressed_size",
     "compression_bound",
+    "correlated_law",
+    "correlated_risks",
     "covering_bound",
     "degrees_of_freedom",
     "dense_norms",
@@ -136,8 +152,11 @@ __all__ = [
     "hoeffding_bound",
     "inverse_degrees_of_freedom",
     "invert_binary_kl",
+    "isotropic_formulas",
     "langford_seeger_bound",
+    "large_beats_small",
     "layer_norms",
+    "least_squares_law",
     "leverage_scores",
     "loss_pair",
     "low_rank_bound",
@@ -161,9 +180,11 @@ __all__ = [
     "power_law_degrees_of_freedom",
     "projections_needed",
     "prune_dense_layer",
+    "pruned_risks",
     "quadratic_bound",
     "quantise",
     "ramp_loss",
+    "rank_one_risks",
     "rank_profile",
     "rates_latex",
     "rates_records",
