@@ -87,7 +87,7 @@ def random_features(device: str, draws: int) -> list[dict[str, Any]]:
     records = []
     for size in (300, 750, 1200, 1800):
         features = ReluFeatures(weights[:size], target / np.linalg.norm(target), 0.1, 600)
-        law = correlated_risks(features.equivalent(), 180, draws=400, fresh_draws=4)
+        law = correlated_risks(features.equivalent(), 180, draws=10 * draws, fresh_draws=4)
         found = simulate_risks(features, 180, draws=draws, device=device).risks
         record: dict[str, Any] = {"kind": "relu", "n": 600, "size": size, "keep": 180, "draws": draws}
         for name in ("unpruned", "magnitude", "hessian", "oracle_refit"):
@@ -102,7 +102,7 @@ def random_features(device: str, draws: int) -> list[dict[str, Any]]:
 def main() -> None:
     """Run everything, print the tables and write them."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--draws", type=int, default=200, help="training sets a setting at n = 200; fewer for larger n")
+    parser.add_argument("--draws", type=int, default=200, help="training sets a setting at n = 200")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks"))
     options = parser.parse_args()
@@ -116,11 +116,11 @@ def main() -> None:
     ]
     rows = {"grid": summary("n = 200 and 400", grid)}
     large = [
-        compared(problem(kind, 800, 160, 0.3, 1600), 1600, 160, options.draws // 4, options.device, kind=kind)
+        compared(problem(kind, 800, 160, 0.3, 1600), 1600, 160, 2 * options.draws, options.device, kind=kind)
         for kind in ("identity", "spiked", "power law")
     ]
     rows["n = 800"] = summary("n = 800, size 1600", large)
-    relu = random_features(options.device, max(10, options.draws // 5))
+    relu = random_features(options.device, options.draws)
     rows["random features"] = summary("random ReLU features, d = 120, n = 600", relu)
     sizes = np.unique(np.geomspace(101, 4000, 203).astype(int))
     sizes = sizes[sizes != 200]
