@@ -326,7 +326,11 @@ def _adam(state: Latent, parameters: list[Tensor], step: int) -> torch.optim.Ada
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
     for part, first, second in zip(parameters, *state.moments, strict=True):
         # The state holds the same tensors, so that it is always where the optimizer is.
-        optimizer.state[part] = {"step": torch.tensor(float(step)), "exp_avg": first, "exp_avg_sq": second}
+        optimizer.state[part] = {
+            "step": torch.tensor(float(step), device=part.device),
+            "exp_avg": first,
+            "exp_avg_sq": second,
+        }
     return optimizer
 
 
