@@ -78,7 +78,7 @@ def test_pruning_a_random_wide_network_keeps_most_of_its_scores():
 def test_which_designs_can_be_pruned_to():
     assert can_be_pruned_to(PLAIN)
     assert can_be_pruned_to(FILTERED)
-    for layers in (EARLY, (*ODD, *FILTERED.layers[2:]), TIED, FILTERED.layers[:2]):
+    for layers in (PLAIN.layers[-1:], EARLY, (*ODD, *FILTERED.layers[2:]), TIED, FILTERED.layers[:2]):
         assert not can_be_pruned_to(dataclasses.replace(FILTERED, layers=layers))
     relu = (dataclasses.replace(FILTERED.layers[0], relu=True), *FILTERED.layers[1:])
     assert not can_be_pruned_to(dataclasses.replace(FILTERED, layers=relu))

@@ -1,5 +1,7 @@
 """Correlated features: draws from the Gaussian law, restricted problems, random ReLU features, one shared factor."""
 
+import importlib
+
 import numpy as np
 import pytest
 
@@ -136,6 +138,51 @@ def test_rank_one_lemma():
     for error, expected in zip(errors, (formula.pruned, formula.refit), strict=True):
         assert np.mean(error**2) == pytest.approx(expected, abs=4 * np.std(error**2) / np.sqrt(len(error)))
     assert rank_one_risks(loadings, beta, 0.0, n, 30).pruned == pytest.approx(0, abs=1e-12)
+
+
+def test_equal_features_can_be_kept_together():
+    doubled = np.kron(np.eye(20), np.ones((2, 2)))
+    problem = CorrelatedProblem(doubled, np.ones(40) / np.sqrt(80), 0.1, 50)
+    law, found = correlated_risks(problem, 12), simulate_risks(problem, 12, draws=100).risks
+    for name in ("unpruned", "oracle_refit"):
+        assert abs(getattr(law, name) - found[name].value) < 3 * found[name].error + 0.05 * found[name].value
+
+
+def test_hugely_different_variances_are_simulated_right():
+    variances = np.ones(100)
+    variances[:5] = 1e18
+    problem = LinearProblem(variances, 1 / np.sqrt(100 * variances), 0.1, 30)
+    found = simulate_risks(problem, 10, draws=60).risks["unpruned"]
+    theory = least_squares_law(problem, 100).gamma[0]
+    assert abs(found.value - theory) < 4 * found.error + 0.1 * theory
+
+
+def test_a_covariance_in_single_precision_has_its_rank():
+    mix = np.random.default_rng(0).normal(size=(30, 12))
+    single = CorrelatedProblem((mix @ mix.T).astype(np.float32), np.ones(30), 1.0, 25)
+    double = CorrelatedProblem(mix @ mix.T, np.ones(30), 1.0, 25)
+    assert len(single.eigenvalues) == len(double.eigenvalues) == 12
+    assert correlated_law(single).gamma == pytest.approx(correlated_law(double).gamma, rel=1e-3)
+
+
+@pytest.mark.parametrize("support", [np.arange(300) < 3, [1.7], [1, 1], [-1], [300], []])
+def test_supports_are_indices(support):
+    with pytest.raises(ValueError, match="different indices from 0 to 299"):
+        blocks(0.5).restricted(support)
+
+
+def test_more_draws_than_fit_at_once(monkeypatch):
+    module = importlib.import_module("specprune.analysis.linear_simulation")
+    problem = LinearProblem(np.ones(60), np.ones(60) / 8, 0.5, 20)
+    whole = simulate_risks(problem, 10, draws=90).risks["unpruned"]
+    monkeypatch.setattr(module, "_NUMBERS_AT_ONCE", 20 * 60 * 40)
+    calls = []
+    real = module._risks
+    monkeypatch.setattr(module, "_risks", lambda model, count, *rest: calls.append(count) or real(model, count, *rest))
+    parts = simulate_risks(problem, 10, draws=90).risks["unpruned"]
+    assert calls == [40, 40, 10]
+    assert parts != whole
+    assert abs(parts.value - whole.value) < 4 * (parts.error + whole.error)
 
 
 def test_least_norm_is_that_of_a_pseudoinverse():

@@ -25,7 +25,7 @@ def test_each_figure_is_drawn_from_its_data(tmp_path, name, capsys):
 
 
 def test_lines_do_not_cross_the_peak():
-    panel = {"title": "a", "n": 10, "null_risk": 1.0, "sizes": [{"size": k, "unpruned": 1.0} for k in (5, 8, 12, 20)]}
+    panel = {"title": "a", "n": 10, "ceiling": 2.0, "sizes": [{"size": k, "unpruned": 1.0} for k in (5, 8, 12, 20)]}
     (ax,) = draw_panels({"panels": [panel], "methods": ["unpruned"]}, "title").axes
     curves = [np.array(line.get_xdata()) for line in ax.get_lines() if line.get_linestyle() == "-"]
     assert sorted(map(tuple, curves)) == [(5, 8), (12, 20)]

@@ -11,7 +11,7 @@ from test_overparameterized import spiked
 from specprune.analysis.double_descent import double_descent, usual_sizes
 from specprune.analysis.linear_simulation import simulate_risks
 from specprune.analysis.small_or_large import PRACTICAL, small_or_large
-from specprune.bounds.correlated_features import ReluFeatures
+from specprune.bounds.correlated_features import CorrelatedProblem, ReluFeatures
 from specprune.bounds.overparameterized import LinearProblem
 from specprune.bounds.pruned_risks import pruned_risks
 from specprune.bounds.symbolic_overparameterized import isotropic_formulas, isotropic_problem, large_beats_small
@@ -68,7 +68,48 @@ def test_correlated_features_are_simulated_where_there_is_no_formula():
     assert (answer.large_risk, answer.error) == (simulated.value, simulated.error)
 
 
+def test_training_small_knows_the_right_features_whatever_the_sizes():
+    beta = np.zeros(40)
+    beta[20:25] = 1.0
+    problem = LinearProblem(np.ones(40), beta, 0.1, 12)
+    expected = 0.1 / (1 - 5 / 12)
+    for sizes in ([10], [10, 40], None):
+        assert small_or_large(problem, 5, sizes).small_risk == pytest.approx(expected)
+    correlated = CorrelatedProblem(np.eye(40), beta, 0.1, 12)
+    assert small_or_large(correlated, 5, [10], draws=3).small_risk == pytest.approx(expected)
+
+
+def test_usual_sizes_are_denser_around_the_peak():
+    sizes = usual_sizes(PROBLEM, 20)
+    assert {40, 45, 49, 51, 55, 60} <= set(sizes.tolist())
+
+
+def test_bars_are_two_standard_errors():
+    found = double_descent(PROBLEM, 20, [30, 100], simulated=(30,), draws=5)
+    ax = found.plot(methods=("unpruned",))
+    (bars,) = [one for one in ax.containers if one.has_yerr]
+    low, high = bars.lines[2][0].get_segments()[0][:, 1]
+    assert high - low == pytest.approx(4 * found.simulated[0].risks["unpruned"].error)
+    plt.close(ax.figure)
+
+
+def test_each_simulated_size_has_its_own_seed():
+    found = double_descent(PROBLEM, 20, [30, 100], simulated=(30, 100), draws=5, seed=3)
+    for number, each in enumerate(found.simulated):
+        assert each == simulate_risks(PROBLEM, 20, size=each.size, draws=5, seed=3 + number)
+
+
 def test_refusals():
+    correlated = CorrelatedProblem(np.eye(12), np.ones(12), 0.1, 5)
+    for keep in (12, 13):
+        with pytest.raises(ValueError, match=f"keep = {keep} of 12 features"):
+            small_or_large(correlated, keep)
+    with pytest.raises(TypeError, match=r"problem.equivalent\(\)"):
+        small_or_large(ReluFeatures(np.ones((3, 2)), np.ones(2), 0.0, 5), 1)
+    with pytest.raises(TypeError, match="keep must be an integer"):
+        double_descent(PROBLEM, [5, 6])
+    with pytest.raises(ValueError, match="simulated must be one or more whole numbers"):
+        double_descent(PROBLEM, 5, simulated=[30.9])
     with pytest.raises(ValueError, match="sizes holds 50"):
         small_or_large(PROBLEM, 20, [50, 100])
     with pytest.raises(ValueError, match="no size above it"):

@@ -1,6 +1,7 @@
 """Networks of many widths trained at once, pruned to one width, and retrained."""
 
 import copy
+import importlib
 import json
 
 import matplotlib.pyplot as plt
@@ -9,7 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from specprune.analysis.network_descent import COLUMNS, _network, network_descent, train_together
+from specprune.analysis.network_descent import (
+    _PRUNING,
+    COLUMNS,
+    _network,
+    _pruned,
+    network_descent,
+    train_together,
+)
+
+module = importlib.import_module("specprune.analysis.network_descent")
 
 
 def data(n, seed):
@@ -70,8 +80,34 @@ def test_a_sweep():
         plt.close(ax.figure)
 
 
+def test_magnitude_leaves_the_kept_nodes_as_they_are():
+    inputs, _ = data(60, 3)
+    network = _network(6, 8, 3, 0)
+    kept = {name: _pruned(network, inputs, 3, 8, settings) for name, settings in _PRUNING.items()}
+    columns = network[2].weight.T
+    for name, pruned in kept.items():
+        same = [any(torch.equal(column, old) for old in columns) for column in pruned[2].weight.T]
+        assert all(same) == (name == "magnitude")
+
+
+def test_retraining_is_slower(monkeypatch):
+    shares = []
+    real = module.train_together
+
+    def watched(networks, inputs, targets, *, steps, share=1.0):
+        shares.append(share)
+        return real(networks, inputs, targets, steps=steps, share=share)
+
+    monkeypatch.setattr(module, "train_together", watched)
+    network_descent(*data(20, 1), *data(20, 2), keep=2, widths=(4,), seeds=(0,), steps=2)
+    assert shares == [1.0, 1.0, module._RETRAINING, module._RETRAINING]
+    assert module._RETRAINING < 0.5
+
+
 def test_refusals():
     train, test = data(20, 1), data(20, 2)
+    with pytest.raises(ValueError, match="finite, of shapes"):
+        network_descent(*train, test[0][:, :4], test[1], keep=3, widths=(5,))
     for widths, seeds in (((), (0,)), ((3,), (0,)), ((5,), ())):
         with pytest.raises(ValueError, match="widths above 3"):
             network_descent(*train, *test, keep=3, widths=widths, seeds=seeds)
@@ -81,5 +117,11 @@ def test_refusals():
         network_descent(broken, train[1], *test, keep=3, widths=(5,))
     with pytest.raises(ValueError, match="test inputs and targets must be finite, of shapes"):
         network_descent(*train, test[0], test[1][:5], keep=3, widths=(5,))
+    with pytest.raises(ValueError, match="not empty"):
+        network_descent(*train, test[0][:0], test[1][:0], keep=3, widths=(5,))
+    with pytest.raises(ValueError, match="int64 class numbers"):
+        network_descent(*train, test[0], test[1] - 1, keep=3, widths=(5,))
+    with pytest.raises(ValueError, match="different seeds"):
+        network_descent(*train, *test, keep=3, widths=(5,), seeds=(1, 1))
     with pytest.raises(ValueError, match="share"):
         train_together([nn.Linear(6, 3)], *train, steps=1, share=0.0)

@@ -1,6 +1,7 @@
 """Least squares with any number of features: its fixed point and law, and risks when pruned, against simulations."""
 
 import dataclasses
+import importlib
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from scipy import integrate, optimize, stats
 from specprune.analysis.linear_simulation import simulate_risks
 from specprune.bounds.overparameterized import LinearProblem, least_squares_law
 from specprune.bounds.pruned_risks import METHODS, _tail_moments, oracle_support, pruned_risks
+
+module = importlib.import_module("specprune.bounds.pruned_risks")
 
 
 def power_law(n=200, features=1000, noise=0.3):
@@ -139,12 +142,66 @@ def test_more_kept_features_than_examples():
         assert abs(found.risks[name].value - value) < 3 * found.risks[name].error + 0.02 * value, name
 
 
-def test_refit_on_the_same_examples_costs_more_than_on_new_ones():
+def test_refit_on_the_same_examples_costs_more_near_the_peak_and_less_far_beyond():
     problem = power_law()
     same, fresh = (getattr(pruned_risks(problem, 260, 40), f"magnitude_{kind}")[0] for kind in ("refit", "fresh"))
     found = simulate_risks(problem, 40, size=260, draws=100, seed=3).risks
     assert same > 1.1 * fresh
     assert found["magnitude_refit"].value - fresh > 10 * found["magnitude_refit"].error
+    same, fresh = (getattr(pruned_risks(spiked(), 1000, 100), f"magnitude_{kind}")[0] for kind in ("refit", "fresh"))
+    found = simulate_risks(spiked(), 100, size=1000, draws=60, seed=3).risks
+    assert same < 0.9 * fresh
+    assert fresh - found["magnitude_refit"].value > 5 * found["magnitude_refit"].error
+
+
+@pytest.mark.parametrize("noise", [1e-12, 1e-16, 1e-20, 1e-24, 1e-30, 1e-40, 0.0])
+def test_little_noise_is_as_none(noise):
+    # Equal features: any four of ten are kept.
+    equal = pruned_risks(LinearProblem(np.ones(10), np.ones(10), noise, 30), 10, 4)
+    for name in ("magnitude", "hessian", "oracle"):
+        assert getattr(equal, name)[0] == pytest.approx(6, rel=0.03 if noise else 1e-9)
+    for name in ("magnitude_fresh", "oracle_refit"):
+        assert getattr(equal, name)[0] == pytest.approx(6 / (1 - 4 / 30), rel=1e-4)
+    assert equal.magnitude_refit[0] == pytest.approx(6 / (1 - 4 / 30), rel=0.02)
+    beta = np.concatenate([np.arange(10.0, 0, -1), np.zeros(10)])
+    clear = pruned_risks(LinearProblem(np.ones(20), beta, noise, 30), 20, 15)
+    assert 0 <= clear.magnitude_refit[0] <= 10 * noise
+
+
+def test_extreme_variances():
+    """Golden: the fixed point in 60 digits (mpmath), n = 20, twenty variances of 1 and ten of r."""
+    import mpmath as mp
+
+    for small in (1e-8, 1e-16, 1e-24):
+        problem = LinearProblem(
+            np.repeat([1.0, small], [20, 10]), np.repeat([1.0, 1 / np.sqrt(small)], [20, 10]), 0.1, 20
+        )
+        found = least_squares_law(problem, 30)
+        with mp.workdps(60):
+            r = mp.mpf(small)
+            # 20 / (1 + c) + 10 r / (r + c) = 20 is a quadratic in c: 20 c^2 + 10 r c - 10 r = 0.
+            c = (-10 * r + mp.sqrt(100 * r**2 + 800 * r)) / 40
+            t, u = 1 / (1 + c), r / (r + c)
+            top = mp.mpf("0.1") + 20 * (1 - t) ** 2 + 10 * (1 - u) ** 2
+            gamma = top / ((20 * t * (1 - t) + 10 * u * (1 - u)) / 20)
+        assert found.gamma[0] == pytest.approx(float(gamma), rel=1e-6)
+
+
+def test_blocks_of_rows_change_nothing(monkeypatch):
+    problem = power_law(60, 300)
+    sizes = np.array([70, 100, 200, 300, 250])
+    whole = pruned_risks(problem, sizes, 20)
+    monkeypatch.setattr(module, "_AT_ONCE", 700)
+    parts = pruned_risks(problem, sizes, 20)
+    for name in METHODS:
+        np.testing.assert_allclose(getattr(parts, name), getattr(whole, name), rtol=1e-9)
+
+
+def test_a_problem_keeps_its_own_numbers():
+    variances, beta = np.ones(4), np.ones(4)
+    problem = LinearProblem(variances, beta, 0.1, 3)
+    variances[0] = beta[0] = -5
+    assert problem.variances[0] == problem.beta[0] == 1
 
 
 def test_values_of_the_two_phenomena():

@@ -113,8 +113,8 @@ def certify(
         raise ValueError(f"start {start!r}: expected one of {', '.join(STARTS)}")
     if start == "pruned" and not prunable:
         raise ValueError(
-            "a design with depthwise or tied layers, or with filters that do not follow a convolution without ReLU to "
-            "a multiple of 4 channels, cannot be pruned to; choose start='scratch'"
+            "a design of one layer, or with depthwise or tied ones, or with filters that do not follow a convolution "
+            "without ReLU to a multiple of 4 channels, cannot be pruned to; choose start='scratch'"
         )
     _check_data(dataset, chosen, delta)
     return _Run(dataset, chosen, Path(out), start, seed, delta, 60 * minutes, torch.device(device)).go()

@@ -30,7 +30,7 @@ def can_be_pruned_to(design: Design) -> bool:
         elif layer.kind not in (CONV, LINEAR) or layer.tied:
             return False
         before = layer
-    return design.layers[-1].kind != FILTERS
+    return len(design.owners) > 1 and design.layers[-1].kind != FILTERS
 
 
 def pruned_weights(

@@ -108,22 +108,21 @@ class DoubleDescent:
             import matplotlib.pyplot as plt  # draws; the numbers do without
 
             _, ax = plt.subplots()
-        draw_risks(ax, self.n, self.to_records(), methods, self.null_risk)
+        draw_risks(ax, self.n, self.to_records(), methods, _CEILING * self.null_risk)
         return ax
 
 
-def draw_risks(
-    ax: Axes, n: int, records: Sequence[Mapping[str, Any]], methods: Sequence[str], null_risk: float
-) -> None:
+def draw_risks(ax: Axes, n: int, records: Sequence[Mapping[str, Any]], methods: Sequence[str], ceiling: float) -> None:
     """Draw risks against size: theory as lines, simulations as dots with two standard errors.
 
     Args:
         ax: where to draw.
         n: number of examples, where the peak is; no line is drawn across it.
-        records: as of `DoubleDescent.to_records`, by rising size; what they lack is not drawn.
+        records: as of `DoubleDescent.to_records`; what they lack is not drawn.
         methods: which of `METHODS`.
-        null_risk: of the prediction 0, for the range of the axis.
+        ceiling: largest risk that is drawn: the peak has none.
     """
+    records = sorted(records, key=lambda record: float(record["size"]))
     for name in methods:
         style = METHOD_STYLES[name]
         label: str | None = METHOD_LABELS[name]
@@ -132,7 +131,7 @@ def draw_risks(
             if line:
                 ax.plot(*zip(*line, strict=True), label=label, **style)
                 label = None
-        dots = [r for r in records if r.get(f"simulated_{name}") is not None]
+        dots = [r for r in records if {f"simulated_{name}", f"simulated_{name}_error"} <= r.keys()]
         if dots:
             means = [r[f"simulated_{name}"] for r in dots]
             errors = [2 * r[f"simulated_{name}_error"] for r in dots]
@@ -140,7 +139,7 @@ def draw_risks(
             ax.errorbar([r["size"] for r in dots], means, errors, label=label and f"{label} (simulated)", **dotted)
     ax.axvline(n, color="0.6", linewidth=0.8, linestyle=":")
     size_axis(ax)
-    ax.set_ylim(0, _CEILING * null_risk)
+    ax.set_ylim(0, ceiling or None)
     ax.set_xlabel("features trained on")
     ax.set_ylabel("test risk (squared error)")
     ax.legend(frameon=False, fontsize="small")
@@ -209,8 +208,10 @@ def double_descent(
 
     Source: Chang et al. 2021 (arXiv:2012.08749); see `specprune.bounds.pruned_risks`.
     """
+    keep = check_count("keep", keep)
     chosen = usual_sizes(problem, keep) if sizes is None else check_sizes(sizes, problem.features, problem.n)
-    chosen = np.union1d(chosen, np.asarray(simulated, dtype=np.int64))
+    if len(simulated):
+        chosen = np.union1d(chosen, check_sizes(simulated, problem.features, problem.n, "simulated"))
     theory = pruned_risks(problem, chosen, keep)
     found = tuple(
         simulate_risks(problem, keep, size=int(size), draws=draws, seed=seed + number, device=device)

@@ -21,7 +21,8 @@ from specprune.bounds.pruned_risks import METHODS
 
 Problem = LinearProblem | CorrelatedProblem | ReluFeatures
 
-_NUMBERS_AT_ONCE = 1 << 25  # 256 MiB of float64
+_NUMBERS_AT_ONCE = 1 << 23  # of features of training sets; everything takes some ten times 64 MiB
+_DEPENDENT = 1e-5
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def simulate_risks(
     model = _Model(problem, width, torch.device(device))
     if keep > model.rank:
         raise ValueError(f"keep = {keep}: the features have only {model.rank} dimensions; keep at most as many")
-    generator = torch.Generator(model.device).manual_seed(seed)
+    generator = torch.Generator(model.device).manual_seed(check_count("seed", seed, low=0))
     at_once = max(1, min(draws, _NUMBERS_AT_ONCE // (problem.n * max(_width(problem), problem.n))))
     parts = []
     for start in range(0, draws, at_once):
@@ -162,18 +163,24 @@ class _Model:
 def least_norm(features: Tensor, targets: Tensor) -> Tensor:
     """Return the least-squares solutions of least norm.
 
+    By Cholesky's factor of the normal equations; where its diagonal says that these lose digits, as for equal features,
+    by the pseudoinverse.
+
     Args:
-        features: of full rank, shape (draws, n, k).
+        features: shape (draws, n, k).
         targets: shape (draws, n).
 
     Returns:
         Shape (draws, k).
     """
-    if features.shape[2] < features.shape[1]:
-        cross = features.mT @ targets[:, :, None]
-        return torch.linalg.solve(features.mT @ features, cross)[:, :, 0]
-    dual = torch.linalg.solve(features @ features.mT, targets[:, :, None])
-    return (features.mT @ dual)[:, :, 0]
+    tall = features.shape[2] < features.shape[1]
+    factor, failed = torch.linalg.cholesky_ex(features.mT @ features if tall else features @ features.mT)
+    diagonal = factor.diagonal(dim1=1, dim2=2)
+    if failed.any() or (diagonal.amin(1) < _DEPENDENT * diagonal.amax(1)).any():
+        return (torch.linalg.pinv(features, rtol=_DEPENDENT**2) @ targets[:, :, None])[:, :, 0]
+    if tall:
+        return torch.cholesky_solve(features.mT @ targets[:, :, None], factor)[:, :, 0]
+    return (features.mT @ torch.cholesky_solve(targets[:, :, None], factor))[:, :, 0]
 
 
 def _risks(model: _Model, count: int, keep: int, generator: torch.Generator) -> Tensor:

@@ -157,18 +157,18 @@ def network_descent(
     Source: the experiment of Chang et al. 2021 (arXiv:2012.08749), with node pruning; settings are ours.
     """
     keep, steps = check_count("keep", keep), check_count("steps", steps)
-    if not widths or min(widths) <= keep or not seeds:
-        raise ValueError(f"widths {list(widths)} and seeds {list(seeds)}: expected some of each, widths above {keep}")
-    for name, inputs, targets in (("train", train_inputs, train_targets), ("test", test_inputs, test_targets)):
-        if inputs.ndim != 2 or targets.shape != inputs.shape[:1] or not torch.isfinite(inputs).all():
-            raise ValueError(
-                f"{name} inputs and targets must be finite, of shapes (n, d) and (n,); got {tuple(inputs.shape)} and "
-                f"{tuple(targets.shape)}"
-            )
+    grid = sorted({check_count("width", width) for width in widths})
+    seeds = [check_count("seed", seed, low=0) for seed in seeds]
+    if not grid or grid[0] <= keep or not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(
+            f"widths {grid} and seeds {seeds}: expected some of each, widths above {keep}, different seeds"
+        )
+    _check(train_inputs, train_targets, train_inputs, "train")
+    _check(test_inputs, test_targets, train_inputs, "test")
     train = train_inputs.float().to(device), train_targets.to(device)
     test = test_inputs.float().to(device), test_targets.to(device)
     classes = int(torch.cat([train_targets, test_targets]).max()) + 1
-    grid = (keep, *sorted(set(widths)))
+    grid = [keep, *grid]
     train_errors = []
     measured: dict[str, list[tuple[_Measure, ...]]] = {name: [] for name in COLUMNS}
     pruned: dict[str, list[nn.Module]] = {name: [] for name in _PRUNING}
@@ -188,12 +188,23 @@ def network_descent(
         {name: tuple(tuple(one[part] for one in row) for row in rows) for name, rows in measured.items()}
         for part in (0, 1)
     )
-    return NetworkDescent(len(train_targets), keep, grid, tuple(seeds), tuple(train_errors), errors, losses)
+    return NetworkDescent(len(train_targets), keep, tuple(grid), tuple(seeds), tuple(train_errors), errors, losses)
+
+
+def _check(inputs: Tensor, targets: Tensor, like: Tensor, name: str) -> None:
+    fits = inputs.ndim == 2 and inputs.shape[1:] == like.shape[1:] and targets.shape == inputs.shape[:1]
+    if not fits or not len(inputs) or not torch.isfinite(inputs).all():
+        raise ValueError(
+            f"{name} inputs and targets must be finite, of shapes (n, d) and (n,) with one d, and not empty; got "
+            f"{tuple(inputs.shape)} and {tuple(targets.shape)}"
+        )
+    if targets.dtype != torch.int64 or targets.min() < 0:
+        raise ValueError(f"{name} targets must be int64 class numbers from 0; got {targets.dtype} from {targets.min()}")
 
 
 def _network(inputs: int, width: int, classes: int, seed: int) -> nn.Sequential:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.random.default_generator.manual_seed(seed)  # torch.manual_seed would move the GPUs' states as well
         return nn.Sequential(nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, classes))
 
 

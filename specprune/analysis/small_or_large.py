@@ -12,9 +12,10 @@ from numpy.typing import ArrayLike
 from specprune._records import to_json
 from specprune.analysis.double_descent import METHOD_LABELS, usual_sizes
 from specprune.analysis.linear_simulation import simulate_risks
-from specprune.bounds.correlated_features import CorrelatedProblem, correlated_risks
+from specprune.bounds.bound import check_count
+from specprune.bounds.correlated_features import CorrelatedProblem, correlated_risks, correlated_small_risk
 from specprune.bounds.overparameterized import IntArray, LinearProblem, check_sizes
-from specprune.bounds.pruned_risks import pruned_risks
+from specprune.bounds.pruned_risks import pruned_risks, trained_small_risk
 
 #: Ways to prune that need no other data and no knowledge of the truth.
 PRACTICAL = ("magnitude", "hessian", "magnitude_refit", "hessian_refit")
@@ -26,7 +27,8 @@ class SmallOrLarge:
 
     Attributes:
         keep: s, features of either model in the end.
-        small_risk: test risk of least squares on the s features with the largest variance times squared coefficient.
+        small_risk: test risk of least squares on the right s features: of all, those with the largest variance times
+            squared coefficient.
         size: the best size to train and prune.
         method: the best way to prune, of `PRACTICAL`.
         large_risk: test risk of that.
@@ -88,35 +90,43 @@ def small_or_large(
 
     Raises:
         ValueError: sizes or keep out of range, or equal to n.
+        TypeError: another kind of problem.
 
     Source: the question of Chang et al. 2021 (arXiv:2012.08749).
     """
+    keep = check_count("keep", keep)
     if isinstance(problem, LinearProblem):
         chosen = usual_sizes(problem, keep) if sizes is None else check_sizes(sizes, problem.features, problem.n)
         chosen = _larger(chosen, keep)
         risks = pruned_risks(problem, chosen, keep)
         table = np.stack([getattr(risks, method) for method in PRACTICAL])
         row, column = np.unravel_index(table.argmin(), table.shape)
-        small = risks.oracle_refit.min()
-        return SmallOrLarge(keep, float(small), int(chosen[column]), PRACTICAL[row], float(table.min()), 0.0)
+        return SmallOrLarge(
+            keep, trained_small_risk(problem, keep), int(chosen[column]), PRACTICAL[row], float(table.min()), 0.0
+        )
+    if not isinstance(problem, CorrelatedProblem):
+        raise TypeError(
+            f"problem of type {type(problem).__name__}: expected LinearProblem or CorrelatedProblem; "
+            "of random ReLU features pass problem.equivalent()"
+        )
     features = len(problem.beta)
+    if keep >= features:
+        raise ValueError(f"keep = {keep} of {features} features; expected fewer")
     if sizes is None:
         even = np.unique(np.geomspace(keep + 1, features, 8).round().astype(np.int64))
         chosen = even[even != problem.n]
     else:
         chosen = check_sizes(sizes, features, problem.n)
-    chosen = _larger(chosen, keep)
-    small_risk, best = np.inf, (np.inf, 0.0, 0, "")
-    for size in chosen.tolist():
+    best = (np.inf, 0.0, 0, "")
+    for size in _larger(chosen, keep).tolist():
         part = problem.restricted(np.arange(size))
         found = correlated_risks(part, keep, draws=draws, fresh_draws=2, seed=seed)
         simulated = simulate_risks(part, keep, draws=draws, seed=seed, device=device)
-        small_risk = min(small_risk, found.oracle_refit)
         estimates = {"magnitude": found.magnitude, "hessian": found.hessian}
         estimates |= {method: simulated.risks[method] for method in PRACTICAL if method not in estimates}
         for method, estimate in estimates.items():
             best = min(best, (estimate.value, estimate.error, size, method))
-    return SmallOrLarge(keep, small_risk, best[2], best[3], best[0], best[1])
+    return SmallOrLarge(keep, correlated_small_risk(problem, keep), best[2], best[3], best[0], best[1])
 
 
 def _larger(sizes: IntArray, keep: int) -> IntArray:

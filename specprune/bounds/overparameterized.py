@@ -55,8 +55,8 @@ class LinearProblem:
     n: int
 
     def __post_init__(self) -> None:
-        variances = check_vector("variances", self.variances)
-        beta = np.asarray(self.beta, dtype=np.float64)
+        variances = check_vector("variances", self.variances).copy()
+        beta = np.array(self.beta, dtype=np.float64)
         if (variances == 0).any():
             raise ValueError(f"variances: feature {int(variances.argmin())} is always 0; leave it out")
         if beta.shape != variances.shape or not np.isfinite(beta).all():
@@ -97,6 +97,7 @@ class LeastSquaresLaw:
         noise: sigma_k^2, shape (rows,).
         c: ridge that least norm amounts to; 0 for k < n.  Shape (rows,).
         shrinkage: t_i, 0 for features beyond the first k, shape (rows, P).
+        lack: 1 - t_i, also where t_i is close to 1, shape (rows, P).
         gamma: test risk, shape (rows,).
     """
 
@@ -105,6 +106,7 @@ class LeastSquaresLaw:
     noise: FloatArray
     c: FloatArray
     shrinkage: FloatArray
+    lack: FloatArray
     gamma: FloatArray
 
     @property
@@ -173,11 +175,35 @@ def least_squares_law(problem: LinearProblem, sizes: ArrayLike) -> LeastSquaresL
     rows = check_sizes(sizes, problem.features, problem.n)
     used = (np.arange(problem.features) < rows[:, None]).astype(np.float64)
     c = ridge_of_least_norm(problem.variances, used, problem.n)
-    shrinkage = used * problem.variances / (problem.variances + c[:, None])
+    shrinkage, lack = shrinkage_of(problem.variances, c)
     noise = problem.effective_noise(rows)
-    bias = ((used - shrinkage) ** 2 * problem.signal**2).sum(1)
-    gamma = (noise + bias) / (1 - (shrinkage**2).sum(1) / problem.n)
-    return LeastSquaresLaw(problem, rows, noise, c, shrinkage, gamma)
+    bias = (used * lack**2 * problem.signal**2).sum(1)
+    gamma = (noise + bias) / free_share(used, shrinkage, lack, c, problem.n)
+    return LeastSquaresLaw(problem, rows, noise, c, used * shrinkage, np.where(used > 0, lack, 1.0), gamma)
+
+
+def shrinkage_of(variances: FloatArray, c: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Return t = variances / (variances + c) and 1 - t, each without cancellation, shape (rows, P).
+
+    Args:
+        variances: shape (P,).
+        c: shape (rows,).
+    """
+    total = variances + c[:, None]
+    return variances / total, c[:, None] / total
+
+
+def free_share(share: FloatArray, shrinkage: FloatArray, lack: FloatArray, c: FloatArray, n: int) -> FloatArray:
+    """Return 1 - sum_i w_i t_i^2 / n, which for c > 0 is sum_i w_i t_i (1 - t_i) / n, without cancellation.
+
+    Args:
+        share: w, shape (rows, P).
+        shrinkage: t, shape (rows, P).
+        lack: 1 - t, shape (rows, P).
+        c: shape (rows,).
+        n: number of examples.
+    """
+    return np.where(c > 0, (share * shrinkage * lack).sum(1) / n, 1 - (share * shrinkage**2).sum(1) / n)
 
 
 def ridge_of_least_norm(variances: FloatArray, weights: FloatArray, n: int) -> FloatArray:

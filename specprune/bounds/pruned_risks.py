@@ -8,16 +8,20 @@ s.  With M_j = E[h^j; D],
     risk = sigma_k^2 + sum_i [theta_i^2 (1 - M_0) + t_i^2 M_2 - 2 t_i theta_i M_1 + theta_i^2 M_0].
 
 Fitted again, "fresh" means on n new examples, "refit" on the same ones.  The same examples have chosen the features, so
-that the choice leans on their noise; the refit's risk is larger than with fresh ones.  Its closed form follows from two
-stages of approximate message passing: the second denoiser 1[D] t' (h + b eta(h)) sees the first stage's field, and its
-Onsager term holds the density at the threshold.
+that the choice leans on their noise: near the peak the refit costs more than on new examples, far beyond it less.  Its
+closed form follows from two stages of approximate message passing: the second denoiser 1[D] t' (h + b eta(h)) sees the
+first stage's field, and its Onsager term holds the density at the threshold.
+
+"hessian" takes the features' true deviations.  Those of n examples differ by a share of 1 / sqrt(2n), which decides
+among features that are otherwise equal to within less.
 
 Source: Chang, Li, Oymak and Thrampoulidis 2021 (arXiv:2012.08749) for pruning; the refit on the same examples and the
-arrangement in tail moments are derived here.  All are checked by simulation (tests/test_pruned_risks.py).
+arrangement in tail moments are derived here.  All are checked by simulation (tests/test_overparameterized.py).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -33,12 +37,16 @@ from specprune.bounds.overparameterized import (
     LinearProblem,
     check_sizes,
     find_roots,
+    free_share,
     least_squares_law,
     ridge_of_least_norm,
+    shrinkage_of,
 )
 
 MAGNITUDE, HESSIAN = "magnitude", "hessian"
 RULES = (MAGNITUDE, HESSIAN)
+_AT_ONCE = 1 << 21  # rows times features
+_MISSED = 1e-6  # of the wanted number of features
 _LARGEST_DENSITY = 0.8  # 2 / sqrt(2 pi), rounded up
 
 
@@ -116,16 +124,42 @@ def pruned_risks(problem: LinearProblem, sizes: ArrayLike, keep: ArrayLike) -> P
     if (kept > size).any():
         first = int((kept > size).argmax())
         raise ValueError(f"keep = {kept[first]} of size = {size[first]} features; expected at most as many")
+    blocks = math.ceil(len(size) * problem.features / _AT_ONCE)
+    parts = [
+        _risks(problem, *rows) for rows in zip(np.array_split(size, blocks), np.array_split(kept, blocks), strict=True)
+    ]
+    found = {name: np.concatenate([part[name] for part in parts]) for name in METHODS}
+    return PrunedRisks(size=size, keep=kept, **found)
+
+
+def _risks(problem: LinearProblem, size: IntArray, keep: IntArray) -> dict[str, FloatArray]:
     law = least_squares_law(problem, size)
-    mask = oracle_support(problem, size, kept)
+    mask = oracle_support(problem, size, keep)
     found: dict[str, FloatArray] = {"unpruned": law.gamma, "oracle": _masked_risk(law, mask)}
     for rule in RULES:
-        chosen = _choose(law, kept, rule)
+        chosen = _choose(law, keep, rule)
         found[rule] = _pruned_risk(law, chosen)
         found[f"{rule}_refit"] = _refit_risk(law, chosen)
-        found[f"{rule}_fresh"] = _fresh_risk(law, chosen)
-    found["oracle_refit"] = _fresh_risk(law, _fixed(law, mask))
-    return PrunedRisks(size=size, keep=kept, **found)
+        found[f"{rule}_fresh"] = _support_risk(problem, chosen.m0)
+    found["oracle_refit"] = _support_risk(problem, mask.astype(np.float64))
+    return found
+
+
+def trained_small_risk(problem: LinearProblem, keep: int) -> float:
+    """Return the risk of least squares on the s features, of all P, that carry most of the signal.
+
+    Args:
+        problem: what is learnt.
+        keep: s, from 1 to P, but n.
+
+    Raises:
+        ValueError: another number.
+
+    Source: standard; the fixed point of `overparameterized` on those features.
+    """
+    rows = check_sizes(keep, problem.features, problem.n, "keep")
+    mask = oracle_support(problem, np.full(1, problem.features), rows)
+    return float(_support_risk(problem, mask.astype(np.float64))[0])
 
 
 def oracle_support(problem: LinearProblem, sizes: IntArray, keep: IntArray) -> NDArray[np.bool_]:
@@ -196,10 +230,12 @@ def _choose(law: LeastSquaresLaw, keep: IntArray, rule: str) -> _Choice:
     high = np.log(np.where(part, far / scale, 0.0).max(1))
     threshold = np.exp(find_roots(excess, low, high, np.arange(len(rows))))[:, None] * scale
     moments = _tail_moments(theta, deviation, threshold)
+    # Where h is certain to within rounding, no threshold parts features that are equal: the certain choice does.
+    met = np.abs((moments[0] * part).sum(1) - wanted) <= _MISSED * wanted
     found = []
     for field, new in zip(fields(_Choice), (threshold, *moments), strict=True):
         array = getattr(certain, field.name).copy()
-        array[rows] = new * part
+        array[rows[met]] = (new * part)[met]
         found.append(array)
     return _Choice(*found)
 
@@ -217,7 +253,7 @@ def _tail_moments(mean: FloatArray, deviation: FloatArray, threshold: FloatArray
 
 def _masked_risk(law: LeastSquaresLaw, mask: NDArray[np.bool_]) -> FloatArray:
     theta, n = law.problem.signal, law.problem.n
-    inside = (1 - law.shrinkage) ** 2 * theta**2 + (law.gamma / n)[:, None] * law.shrinkage**2
+    inside = law.lack**2 * theta**2 + (law.gamma / n)[:, None] * law.shrinkage**2
     return law.problem.noise + np.where(mask, inside, theta**2).sum(1)
 
 
@@ -226,13 +262,13 @@ def _pruned_risk(law: LeastSquaresLaw, choice: _Choice) -> FloatArray:
     return law.problem.noise + (theta**2 + t**2 * choice.m2 - 2 * t * theta * choice.m1).sum(1)
 
 
-def _fresh_risk(law: LeastSquaresLaw, choice: _Choice) -> FloatArray:
-    """Least squares on features that others than these examples have chosen."""
-    problem, theta = law.problem, law.problem.signal
-    c = ridge_of_least_norm(problem.variances, choice.m0, problem.n)
-    t = problem.variances / (problem.variances + c[:, None])
-    left = problem.noise + (theta**2 * (1 - choice.m0)).sum(1) + (choice.m0 * (1 - t) ** 2 * theta**2).sum(1)
-    return left / (1 - (choice.m0 * t**2).sum(1) / problem.n)
+def _support_risk(problem: LinearProblem, share: FloatArray) -> FloatArray:
+    """Least squares on features that others than these examples have chosen, each with a probability (rows, P)."""
+    theta = problem.signal
+    c = ridge_of_least_norm(problem.variances, share, problem.n)
+    t, lack = shrinkage_of(problem.variances, c)
+    left = problem.noise + (theta**2 * (1 - share)).sum(1) + (share * lack**2 * theta**2).sum(1)
+    return left / free_share(share, t, lack, c, problem.n)
 
 
 def _refit_risk(law: LeastSquaresLaw, choice: _Choice) -> FloatArray:
@@ -241,30 +277,33 @@ def _refit_risk(law: LeastSquaresLaw, choice: _Choice) -> FloatArray:
     C is the covariance of the two stages' residuals, b the coefficient of the first stage's solution in the second
     denoiser; both follow from two linear equations.
     """
-    problem, theta, t, gamma = law.problem, law.problem.signal, law.shrinkage, law.gamma[:, None]
+    problem, theta, t, lack = law.problem, law.problem.signal, law.shrinkage, law.lack
     n, a = problem.n, choice.threshold
     certain = law.gamma == 0
-    gamma = np.where(gamma > 0, gamma, 1.0)
+    gamma = np.where(certain, 1.0, law.gamma)[:, None]
     c = ridge_of_least_norm(problem.variances, choice.m0, n)
-    again = problem.variances / (problem.variances + c[:, None])
-    product = t * choice.m2 - theta * choice.m1  # E[h (t h - theta); D]
-    plain = t * choice.m1 - theta * choice.m0  # E[t h - theta; D]
-    outside = (t - 1) * theta - plain  # E[t h - theta; not D]
-    centred = product - theta * plain
-    a0 = problem.noise + (-theta * outside + (again - 1) * theta * plain).sum(1)
-    a1 = (again * centred / gamma).sum(1)
-    a2 = -(again * (1 - t) * product).sum(1)
+    again, lack_again = shrinkage_of(problem.variances, c)
+    # Moments of h - theta on D, without subtracting large numbers: E[h - theta; D] and E[(h - theta)^2; D].
     both = choice.above + choice.below
+    first = gamma / n * (choice.above - choice.below)
+    second = gamma / n * (choice.m0 + (a - theta) * choice.above + (a + theta) * choice.below)
+    plain = -lack * theta * choice.m0 + t * first  # E[t h - theta; D]
+    outside = -lack * theta * (1 - choice.m0) - t * first  # E[t h - theta; not D]
+    centred = -lack * theta * first + t * second  # E[(h - theta) (t h - theta); D]
+    product = centred + theta * plain  # E[h (t h - theta); D]
+    a0 = problem.noise + (-theta * outside - lack_again * theta * plain).sum(1)
+    a1 = (again * centred / gamma).sum(1)
+    a2 = -(again * lack * product).sum(1)
     b0 = (again * theta * (choice.above - choice.below)).sum(1) / n
     b1 = (again / gamma * (choice.above * (a - theta) + choice.below * (a + theta))).sum(1) / n
-    b2 = (again * (t * choice.m0 - (1 - t) * a * both)).sum(1) / n
+    b2 = (again * (t * choice.m0 - lack * a * both)).sum(1) / n
     matrix = np.stack([np.stack([1 - a1, -a2], 1), np.stack([-b1, 1 - b2], 1)], 1)
     solution = np.linalg.solve(matrix, np.stack([a0, b0], 1)[:, :, None])[:, :, 0]
     covariance, carried = solution[:, :1], solution[:, 1:]
-    constant = (again - 1) * theta - again * covariance / gamma * theta
-    slope = again * (covariance / gamma - carried * (1 - t))
-    error = constant**2 * choice.m0 + 2 * constant * slope * choice.m1 + slope**2 * choice.m2
-    share = (again**2 * choice.m0).sum(1) / n
+    slope = again * (covariance / gamma - carried * lack)
+    constant = -lack_again * theta - again * carried * lack * theta
+    error = constant**2 * choice.m0 + 2 * constant * slope * first + slope**2 * second
     left = problem.noise + (theta**2 * (1 - choice.m0)).sum(1) + error.sum(1)
-    found = (left - share * (covariance**2 / gamma)[:, 0]) / (1 - share)
-    return np.where(certain, _fresh_risk(law, choice), found)
+    share = (again**2 * choice.m0).sum(1) / n
+    found = (left - share * (covariance**2 / gamma)[:, 0]) / free_share(choice.m0, again, lack_again, c, n)
+    return np.where(certain, _support_risk(problem, choice.m0), found)

@@ -38,7 +38,8 @@ class IsotropicFormulas:
         oracle_over: kept to the s right features, k > n.
         small: least squares on the s right features alone.
         peak: the size where the unpruned risk has its pole.
-        best_size: the size above n where the unpruned risk is lowest, for r = 0.
+        best_size: the size above n where the unpruned risk is lowest, for r = 0 and sigma2 < e (for more noise the risk
+            falls with every feature).
         best_risk: the risk there.
     """
 
