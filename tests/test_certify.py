@@ -105,6 +105,22 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     assert after.seconds > kept.seconds
 
 
+def test_a_run_that_is_stopped_while_it_trains_the_large_network_goes_on(tmp_path, monkeypatch):
+    data = dataset()
+
+    def stopped(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module._Run, "_pruned_weights", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        certify(data, minutes=1, out=tmp_path, start="pruned", design=DESIGN)
+    kept = certify(data, minutes=0, out=tmp_path, start="pruned", design=DESIGN)
+    assert [step.phase for step in kept.history] == ["random weights"]
+    monkeypatch.undo()
+    after = certify(data, minutes=kept.seconds / 60 + MINUTES, out=tmp_path, start="pruned", design=DESIGN)
+    assert after.certificate.value < kept.certificate.value
+
+
 def test_refusals(tmp_path):
     data = dataset()
     with pytest.raises(ValueError, match="a budget of 0 minutes leaves no time to search"):

@@ -203,6 +203,7 @@ class _Run:
             if self.latent is None and self.round == 0:
                 # A network from the first minute on, however long the large one takes.
                 self._offer_rounded(images, random_start(self.design, self.seed).to(self.device), "random weights")
+                self._save()
                 self.latent = self._first_latent()
                 self._offer_rounded(images, self.latent, "start")
             while not self._out_of_time():
