@@ -1,0 +1,262 @@
+"""A network with low-rank layers in place of its own, of a given size."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+from torch import nn
+
+from specprune._records import format_table, to_json
+from specprune.bounds.bound import check_number
+from specprune.compress.batches import CalibrationData
+from specprune.compress.cost import count_params
+from specprune.compress.low_rank import Factorable, LayerSpectra, parameters_after, refit_second, refusal
+from specprune.compress.low_rank_allocation import Cut, Frontier, alternating_cuts, layer_options, level_cuts
+from specprune.compress.moments import LayerMoments, collect_moments
+from specprune.compress.surgery import Skipped
+
+
+@dataclass(frozen=True)
+class _Method:
+    """A score, and whether it is taken on data, over all numbers of slices, over all foldings, by the search.
+
+    With `refit`, data serve the second part of each layer instead of the score.
+    """
+
+    score: str
+    refit: bool = False
+    data: bool = False
+    sliced: bool = False
+    folded: bool = False
+    search: bool = False
+
+
+METHODS = {
+    "alds": _Method("error", sliced=True),
+    "alds+": _Method("error", sliced=True, folded=True),
+    "refit": _Method("error", sliced=True, refit=True),
+    "alternating": _Method("error", sliced=True, search=True),
+    "constant": _Method("size"),
+    "energy": _Method("energy"),
+    "pca": _Method("energy", data=True),
+    "data": _Method("error", data=True),
+}
+
+
+@dataclass(frozen=True)
+class LowRankLayer:
+    """What happened to one layer.
+
+    Args:
+        layer: its name.
+        folding: 0..3; None where the layer stays as it is.
+        slices: number of slices k of the input channels; None likewise.
+        rank: rank j of each slice; None likewise.
+        params_before: parameters of the layer, before.
+        params_after: the same, after.
+        error_largest: largest (j+1)-th singular value of a slice, over the folded matrix's operator norm.
+        error_theorem: sqrt(k) times that, a ceiling on the exact error (Theorem 1).
+        error_exact: operator norm of the change over that of the matrix.  For "data" and "pca" all three are
+            those of W Sigma^(1/2), Sigma the second moment of the layer's inputs; for "refit" they are those before it.
+    """
+
+    layer: str
+    folding: int | None
+    slices: int | None
+    rank: int | None
+    params_before: int
+    params_after: int
+    error_largest: float
+    error_theorem: float
+    error_exact: float
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A network with low-rank layers and how it came about.
+
+    Args:
+        model: the new network, on the same device and in the same mode.
+        layers: one entry a layer that could be replaced, in the model's order.
+        skipped: layers that could not, and why.
+        settings: the arguments of the call.
+        params_before: number of parameters, before.
+        params_after: the same, after.
+        seconds: time of the whole call.
+    """
+
+    model: nn.Module
+    layers: tuple[LowRankLayer, ...]
+    skipped: tuple[Skipped, ...]
+    settings: dict[str, Any]
+    params_before: int
+    params_after: int
+    seconds: float
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """Return one record a layer."""
+        return [asdict(layer) for layer in self.layers]
+
+    def to_json(self) -> str:
+        """Return all but the network as JSON."""
+        fields = {name: value for name, value in vars(self).items() if name not in ("model", "layers", "skipped")}
+        skipped = [asdict(entry) for entry in self.skipped]
+        return to_json({"layers": self.to_records(), "skipped": skipped, **fields})
+
+    def __str__(self) -> str:
+        head = (
+            f"parameters {self.params_before} -> {self.params_after} ({self.params_after / self.params_before:.1%}), "
+            f"method {self.settings['method']}, {self.seconds:.1f} s"
+        )
+        lines = [format_table(self.to_records(), title=head)]
+        return "\n".join([*lines, *(f"left whole: {entry.name}: {entry.reason}" for entry in self.skipped)])
+
+
+def low_rank(
+    model: nn.Module,
+    batches: Iterable[Any] | CalibrationData | None = None,
+    keep: float = 0.5,
+    *,
+    method: str = "alds",
+    seed: int = 0,
+) -> LowRank:
+    """Return the network with its Linear and Conv2d layers replaced by low-rank ones, of a given number of parameters.
+
+    The budget is never exceeded; what the ranks leave of it is less than the next rank of any layer costs.
+
+    Args:
+        model: any network; stays bit for bit.
+        batches: re-iterable of `(inputs, targets)`, of inputs alone, or of mappings, on the model's device; for the
+            methods "refit", "data" and "pca" only.
+        keep: fraction of all the model's parameters to keep, in (0, 1].
+        method: "alds" (smallest largest layer error in operator norm, over ranks and slices of input channels: problem
+            (8) of the source, solved exactly), "alds+" (also over the four foldings), "alternating" (the published
+            search for "alds"), "refit" ("alds", then the second part of every layer fitted to data by least squares),
+            "data" (smallest largest layer error where the inputs are, without slices), or, with the ordinary singular
+            value decomposition: "constant" (same share of every layer's weights), "energy" (same retained energy
+            everywhere), "pca" (the same, of the principal components of the layers' outputs).
+        seed: of the random starts of "alternating"; the others draw nothing.
+
+    Returns:
+        The new network with its report; `str()` is a table.
+
+    Raises:
+        TypeError: `model` is no module, `keep` no number, or batches cannot be iterated twice.
+        ValueError: an unknown method, `keep` out of range or below what the method can reach, batches missing or
+            empty, or weights or inputs of a layer (which is named) that are not finite.
+
+    Source: Liebenwein et al. 2021 (arXiv:2107.11442); "refit" and "data" are derived here.
+    """
+    started = time.perf_counter()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
+    if method not in METHODS:
+        raise ValueError(f"method={method!r}: expected one of {tuple(METHODS)}")
+    keep = check_number("keep", keep, 0.0, 1.0, open_low=True)
+    rule = METHODS[method]
+    moments: Mapping[str, LayerMoments] = {}
+    if rule.data or rule.refit:
+        if batches is None:
+            raise ValueError(f"method={method!r} needs batches: give calibration data, or choose another method")
+        moments = collect_moments(model, batches, level="patch")
+    work = copy.deepcopy(model)
+    spectra, skipped = _find_layers(work, moments if rule.data else None)
+    options = [
+        layer_options(
+            layer,
+            rule.score,
+            foldings=layer.foldings() if rule.folded else (0,),
+            slices=layer.slice_counts() if rule.sliced else (1,),
+        )
+        for layer in spectra
+    ]
+    dense = [layer.dense_parameters for layer in spectra]
+    frontiers = [Frontier.of(own, size) for own, size in zip(options, dense, strict=True)]
+    before = count_params(model)
+    fixed = before - sum(dense)
+    smallest = fixed + sum(int(frontier.costs[0]) for frontier in frontiers)
+    budget = int(keep * before * (1 + 1e-12))  # 0.3 * 10 is a little less than 3
+    if smallest > budget:
+        raise ValueError(
+            f"keep={keep:g} allows {budget} of {before} parameters; method={method!r} can reach {smallest} with rank 1 "
+            f"everywhere: use keep >= {smallest / before:.6f}"
+        )
+    cuts = (
+        alternating_cuts(options, dense, budget - fixed, seed=seed)
+        if rule.search
+        else level_cuts(frontiers, budget - fixed)
+    )
+    entries = []
+    for layer, cut in zip(spectra, cuts, strict=True):
+        entries.append(_report(layer, cut))
+        if cut is not None:
+            parts = layer.build(cut.folding, cut.slices, cut.rank)
+            if rule.refit and layer.name in moments:  # a layer that does not run has nothing to be refitted on
+                moment = moments[layer.name].gram / moments[layer.name].rows
+                refit_second(layer, parts, (cut.slices, cut.rank), moment)
+            work = _replace(work, layer.name, parts)
+    settings = {"keep": keep, "method": method, "seed": seed}
+    seconds = time.perf_counter() - started
+    return LowRank(work, tuple(entries), tuple(skipped), settings, before, count_params(work), seconds)
+
+
+def _find_layers(
+    model: nn.Module, moments: Mapping[str, LayerMoments] | None
+) -> tuple[list[LayerSpectra], list[Skipped]]:
+    """Return the layers that can be replaced, and those that cannot with the reason."""
+    names = list(model.named_modules(remove_duplicate=False))
+    places = Counter(id(module) for _, module in names)
+    owners = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
+    # Its fast path reads its layers' weights instead of calling them.
+    read = {id(part) for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer) for part in m.children()}
+    spectra, skipped = [], []
+    for name, module in names:
+        if not isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+            continue
+        reason = refusal(module)
+        if reason is None and (places[id(module)] > 1 or owners[id(module.weight)] > 1):
+            reason = "its weights are also used elsewhere in the network"
+        elif reason is None and id(module) in read:
+            reason = "the layer around it reads its weights"
+        elif reason is None and (module._forward_pre_hooks or module._forward_hooks):
+            reason = "it has hooks, which would be lost"
+        elif reason is None and moments is not None and name not in moments:
+            reason = "it did not run on the batches"
+        if reason is not None:
+            skipped.append(Skipped(name, reason))
+        else:
+            moment = None if moments is None else moments[name].gram / moments[name].rows
+            spectra.append(LayerSpectra(name, cast(Factorable, module), moment))
+    return spectra, skipped
+
+
+def _report(layer: LayerSpectra, cut: Cut | None) -> LowRankLayer:
+    before = count_params(layer.layer)
+    if cut is None:
+        return LowRankLayer(layer.name, None, None, None, before, before, 0.0, 0.0, 0.0)
+    errors = layer.decomposition(cut.folding, cut.slices).errors(cut.rank)
+    return LowRankLayer(
+        layer.name,
+        cut.folding,
+        cut.slices,
+        cut.rank,
+        before,
+        parameters_after(layer, cut.folding, cut.slices, cut.rank),
+        errors.largest,
+        errors.theorem,
+        errors.exact,
+    )
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
+    """Return the model with the named module replaced; the model itself if that is all of it."""
+    if not name:
+        return module
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, module)
+    return model
