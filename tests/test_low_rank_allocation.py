@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 from specprune.compress.cost import count_params
-from specprune.compress.low_rank import LayerSpectra
 from specprune.compress.low_rank_allocation import (
     Cut,
     Frontier,
@@ -22,6 +21,7 @@ from specprune.compress.low_rank_allocation import (
     layer_options,
     level_cuts,
 )
+from specprune.compress.low_rank_layers import LayerSpectra
 from specprune.compress.low_rank_network import METHODS, low_rank
 
 MLP = (24, 36, 30, 10)

@@ -13,7 +13,7 @@ from torch import nn
 
 from specprune.bounds.low_rank_error import layer_error_bound
 from specprune.compress.layers import weight_matrix
-from specprune.compress.low_rank import LayerSpectra, SlicedLinear, parameters_after
+from specprune.compress.low_rank_layers import LayerSpectra, SlicedLinear, parameters_after
 from specprune.compress.moments import collect_moments
 
 GEOMETRIES = [

@@ -27,6 +27,7 @@ from specprune.bounds.degrees_of_freedom import (
 from specprune.bounds.gaussian_posterior import dziugaite_roy_bound, gaussian_kl, monte_carlo_error
 from specprune.bounds.held_out import chernoff_bound, clopper_pearson_bound, hoeffding_bound
 from specprune.bounds.low_rank import DecayFit, SpectralLayer, fit_decay, low_rank_bound, rank_profile, truncation_error
+from specprune.bounds.low_rank_error import layer_error_bound
 from specprune.bounds.nodes import (
     Feasibility,
     WeightedNodes,
@@ -69,6 +70,7 @@ from specprune.bounds.pac_bayes import (
 )
 from specprune.bounds.pruned_risks import PrunedRisks, pruned_risks
 from specprune.bounds.recurrent import recurrent_a_priori, recurrent_certificate
+from specprune.bounds.sensitivity_sampling import dropping_error_bound, new_input_bound, sampling_error_bound
 from specprune.bounds.spectral import (
     PrunedLayer,
     approximation_a_priori,
@@ -139,6 +141,7 @@ __all__ = [
     "degrees_of_freedom",
     "dense_norms",
     "disagreement_bound",
+    "dropping_error_bound",
     "dudley_bound",
     "dziugaite_roy_bound",
     "effective_rank",
@@ -155,6 +158,7 @@ __all__ = [
     "isotropic_formulas",
     "langford_seeger_bound",
     "large_beats_small",
+    "layer_error_bound",
     "layer_norms",
     "least_squares_law",
     "leverage_scores",
@@ -166,6 +170,7 @@ __all__ = [
     "mcallester_bound",
     "monte_carlo_error",
     "network_code_length",
+    "new_input_bound",
     "neyshabur_2015_bound",
     "neyshabur_2018_bound",
     "neyshabur_2019_bound",
@@ -195,6 +200,7 @@ __all__ = [
     "row_norm_bound",
     "sample_nodes",
     "samples_needed",
+    "sampling_error_bound",
     "sampling_failure_probability",
     "tensor_code_length",
     "thiemann_bound",

@@ -4,9 +4,12 @@ from specprune.compress.batches import CalibrationData
 from specprune.compress.checkpoint import load_pruned, save_pruned
 from specprune.compress.cost import count_flops, count_params
 from specprune.compress.groups import Structure, find_groups
+from specprune.compress.low_rank_network import LowRank, LowRankLayer, low_rank
 from specprune.compress.moments import LayerMoments, Moments, collect_moments, collection_bytes
 from specprune.compress.report import GroupReport, Pruned, PruneReport
+from specprune.compress.sampling import SampledGroup, SampledNetwork, prune_by_sampling
 from specprune.compress.selection import NodeStatistics, greedy_nodes, information_losses, select_nodes
+from specprune.compress.sparsify import SparseLayer, SparsifiedNetwork, sparsify_by_sampling
 from specprune.compress.spectral import prune, prune_sweep
 from specprune.compress.surgery import Group, Skipped, Slice, remove_nodes
 
@@ -15,12 +18,18 @@ __all__ = [
     "Group",
     "GroupReport",
     "LayerMoments",
+    "LowRank",
+    "LowRankLayer",
     "Moments",
     "NodeStatistics",
     "PruneReport",
     "Pruned",
+    "SampledGroup",
+    "SampledNetwork",
     "Skipped",
     "Slice",
+    "SparseLayer",
+    "SparsifiedNetwork",
     "Structure",
     "collect_moments",
     "collection_bytes",
@@ -30,9 +39,12 @@ __all__ = [
     "greedy_nodes",
     "information_losses",
     "load_pruned",
+    "low_rank",
     "prune",
+    "prune_by_sampling",
     "prune_sweep",
     "remove_nodes",
     "save_pruned",
     "select_nodes",
+    "sparsify_by_sampling",
 ]

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from specprune.compress.low_rank import LayerSpectra
+from specprune.compress.low_rank_layers import LayerSpectra
 
 SCORES = ("error", "energy", "size")
 FIXED_STARTS = (3, 5, 7, 9)  # slices that the published search starts with, and how many random starts follow

@@ -15,8 +15,8 @@ from specprune._records import format_table, to_json
 from specprune.bounds.bound import check_number
 from specprune.compress.batches import CalibrationData
 from specprune.compress.cost import count_params
-from specprune.compress.low_rank import Factorable, LayerSpectra, parameters_after, refit_second, refusal
 from specprune.compress.low_rank_allocation import Cut, Frontier, alternating_cuts, layer_options, level_cuts
+from specprune.compress.low_rank_layers import Factorable, LayerSpectra, parameters_after, refit_second, refusal
 from specprune.compress.moments import LayerMoments, collect_moments
 from specprune.compress.surgery import Skipped
 
