@@ -47,6 +47,14 @@ def test_a_diagonal_covariance_is_the_independent_case():
         assert abs(mean - getattr(exact, name)[0]) < 3 * error + 0.02 * mean, name
 
 
+def test_strong_features_lose_no_digits():
+    variances, beta = np.logspace(6, -6, 21), np.zeros(21)
+    beta[0] = 1.0  # whose shrinkage is 1 up to the twelfth digit: its bias is all that this model errs on
+    one = correlated_law(CorrelatedProblem(np.diag(variances), beta, 0.0, 20))
+    other = least_squares_law(LinearProblem(variances, beta, 0.0, 20), 21)
+    assert one.gamma == pytest.approx(other.gamma[0], rel=1e-9, abs=0)
+
+
 @pytest.mark.parametrize("correlation", [0.5, 0.9])
 def test_draws_from_the_law_are_what_simulations_give(correlation):
     problem = blocks(correlation)

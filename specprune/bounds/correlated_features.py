@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike
 
 from specprune.bounds.bound import FloatArray, check_count, check_number
 from specprune.bounds.degrees_of_freedom import check_covariance, clip_eigenvalues
-from specprune.bounds.overparameterized import ridge_of_least_norm
+from specprune.bounds.overparameterized import free_share, ridge_of_least_norm, shrinkage_of
 from specprune.bounds.pruned_risks import HESSIAN, MAGNITUDE, RULES
 
 _TOLERANCE = 1e-6
@@ -139,13 +139,13 @@ def correlated_law(problem: CorrelatedProblem) -> CorrelatedLaw:
             f"the covariance has rank {n}, the number of examples: there the risk grows without bound; "
             "take more or fewer features"
         )
-    c = float(ridge_of_least_norm(values, np.ones((1, len(values))), n)[0])
-    shrinkage, true = values / (values + c), vectors.T @ problem.beta
-    bias = float((values * ((1 - shrinkage) * true) ** 2).sum())
-    free = float((shrinkage * (1 - shrinkage)).sum()) / n if c else 1 - len(values) / n
-    gamma = (problem.noise + bias) / free
-    factor = vectors * (np.sqrt(gamma / n) * np.sqrt(values) / (values + c))
-    return CorrelatedLaw(problem, c, gamma, vectors @ (shrinkage * true), factor)
+    used, true = np.ones((1, len(values))), vectors.T @ problem.beta
+    c = ridge_of_least_norm(values, used, n)
+    shrinkage, lack = shrinkage_of(values, c)
+    bias = float((values * (lack[0] * true) ** 2).sum())
+    gamma = (problem.noise + bias) / float(free_share(used, shrinkage, lack, c, n)[0])
+    factor = vectors * (np.sqrt(gamma / n) * shrinkage[0] / np.sqrt(values))
+    return CorrelatedLaw(problem, float(c[0]), gamma, vectors @ (shrinkage[0] * true), factor)
 
 
 @dataclass(frozen=True)
