@@ -45,10 +45,9 @@ def build_parser() -> argparse.ArgumentParser:
         "train a reference network",
         "specprune train --data mnist --net mlp-300-1000-300 --out results",
     )
-    training.add_argument("--data", required=True, choices=DATA, help="which data set")
+    _add_data(training, "which data set", required=True)
     training.add_argument("--net", required=True, help="mlp-W1-W2-..., vgg, vgg-C1-C2-... or resnet")
     training.add_argument("--epochs", type=_positive_int, help="by default what suits the network")
-    training.add_argument("--data-dir", help="where to look for the data first")
     _add_common(training)
 
     spectra = _command(
@@ -110,8 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
         "how the bounds move with samples, width, depth, label noise and pruning (trains 16 networks)",
         "specprune tightness --data digits --out results/tightness",
     )
-    tightness.add_argument("--data", choices=DATA, default="digits", help="which data set (default digits)")
-    tightness.add_argument("--data-dir", help="where to look for the data first")
+    _add_data(tightness, "which data set (default digits)", default="digits")
     _add_common(tightness)
 
     curve = _command(
@@ -135,8 +133,7 @@ def build_parser() -> argparse.ArgumentParser:
         "search for a network with a short word, and bound its test error from the training set alone",
         "specprune certify --data mnist --budget 60 --out results/certify-mnist",
     )
-    certification.add_argument("--data", choices=DATA, default="digits", help="which data set (default digits)")
-    certification.add_argument("--data-dir", help="where to look for the data first")
+    _add_data(certification, "which data set (default digits)", default="digits")
     certification.add_argument(
         "--budget",
         type=_not_negative,
@@ -158,8 +155,7 @@ def build_parser() -> argparse.ArgumentParser:
         "specprune verify mnist\n  specprune verify results/mine.spnw --data fashion-mnist",
     )
     verification.add_argument("file", metavar="FILE", help="a .spnw file, or the name of one that comes with specprune")
-    verification.add_argument("--data", choices=DATA, help="which data set; by default that of FILE's name")
-    verification.add_argument("--data-dir", help="where to look for the data first")
+    _add_data(verification, "which data set; by default that of FILE's name")
     verification.add_argument(
         "--delta", type=_probability, default=0.05, help="the certificate fails with at most this probability"
     )
@@ -214,6 +210,13 @@ def _add_common(parser: argparse.ArgumentParser, json: bool = True) -> None:
         parser.set_defaults(json=False)
     parser.add_argument("--seed", type=_seed, default=0, help="of everything random (default 0)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default cpu)")
+
+
+def _add_data(
+    parser: argparse.ArgumentParser, text: str, *, default: str | None = None, required: bool = False
+) -> None:
+    parser.add_argument("--data", choices=DATA, default=default, required=required, help=text)
+    parser.add_argument("--data-dir", help="where to look for the data first")
 
 
 def _add_problem(parser: argparse.ArgumentParser) -> None:

@@ -104,13 +104,13 @@ class NetworkDescent:
             import matplotlib.pyplot as plt  # draws; the numbers do without
 
             _, ax = plt.subplots()
-        first = np.zeros(0)
+        scale, measured = (1, self.test_losses) if loss else (100, self.test_errors)
+        trained_small = scale * float(np.mean(measured["unpruned"][0]))
         for name, (label, style) in COLUMNS.items():
-            values = np.array(self.test_losses[name]) if loss else 100 * np.array(self.test_errors[name])
-            first = values[0] if name == "unpruned" else first
+            values = scale * np.array(measured[name])
             error = 2 * values.std(1, ddof=1) / math.sqrt(len(self.seeds)) if len(self.seeds) > 1 else None
             ax.errorbar(self.widths, values.mean(1), error, label=label, elinewidth=0.8, **style)
-        ax.axhline(first.mean(), label="trained small", **METHOD_STYLES["oracle_refit"])
+        ax.axhline(trained_small, label="trained small", **METHOD_STYLES["oracle_refit"])
         size_axis(ax)
         ax.set_ylim(bottom=0)
         ax.set_xlabel("hidden nodes trained")
