@@ -21,6 +21,7 @@ from specprune.compress.low_rank_allocation import (
     layer_options,
     level_cuts,
 )
+from specprune.compress.low_rank_cost import LayerCost
 from specprune.compress.low_rank_layers import LayerSpectra
 from specprune.compress.low_rank_network import METHODS, low_rank
 
@@ -78,9 +79,9 @@ def test_the_common_level_is_optimal(seed, share):
     budget = int(share * sum(dense))
     best = best_by_enumeration(options, dense, budget)
     if best is None:
-        with pytest.raises(ValueError, match="smallest choices have"):
+        with pytest.raises(ValueError, match="smallest choices cost"):
             level_cuts(frontiers_of(options, dense), budget)
-        with pytest.raises(ValueError, match="smallest choices have"):
+        with pytest.raises(ValueError, match="smallest choices cost"):
             alternating_cuts(options, dense, budget, seed=0)
         return
     cuts = level_cuts(frontiers_of(options, dense), budget)
@@ -162,19 +163,19 @@ def test_scores_are_the_errors_energies_and_sizes():
     spectra = LayerSpectra("a", layer)
     values = np.linalg.svd(layer.weight.detach().double().numpy(), compute_uv=False)
     ranks = np.arange(1, (24 * 36 - 1) // 60 + 1)
-    (error,) = layer_options(spectra, "error", foldings=(0,), slices=(1,))
+    (error,) = layer_options(LayerCost(spectra), "error", foldings=(0,), slices=(1,))
     np.testing.assert_allclose(error.scores, values[ranks] / values[0])
-    (energy,) = layer_options(spectra, "energy", foldings=(0,), slices=(1,))
+    (energy,) = layer_options(LayerCost(spectra), "energy", foldings=(0,), slices=(1,))
     np.testing.assert_allclose(energy.scores, [np.sum(values[r:] ** 2) / np.sum(values**2) for r in ranks])
-    (size,) = layer_options(spectra, "size", foldings=(0,), slices=(1,))
+    (size,) = layer_options(LayerCost(spectra), "size", foldings=(0,), slices=(1,))
     np.testing.assert_allclose(size.scores, 1 - ranks * 60 / (24 * 36))
-    for option in layer_options(spectra, "error", foldings=(0,), slices=spectra.slice_counts()):
+    for option in layer_options(LayerCost(spectra), "error", foldings=(0,), slices=spectra.slice_counts()):
         assert option.unit * len(option.scores) < 24 * 36 <= option.unit * (len(option.scores) + 1)
         for rank in range(1, len(option.scores) + 1):
             largest = spectra.decomposition(0, option.slices).errors(rank).largest
             assert option.scores[rank - 1] == pytest.approx(largest, rel=1e-9)
     with pytest.raises(ValueError, match="score='norm'"):
-        layer_options(spectra, "norm", foldings=(0,), slices=(1,))
+        layer_options(LayerCost(spectra), "norm", foldings=(0,), slices=(1,))
 
 
 def test_a_network_gets_the_optimum_of_its_own_spectra():

@@ -215,17 +215,17 @@ def test_the_budget_is_met_within_one_channel(variant, keep):
     model, data = convnet(), images()
     result = prune_by_sampling(model, data, keep, variant=variant)
     full = count_params(model)
-    assert result.params_planned <= keep * full
+    assert result.cost_planned <= keep * full
     assert result.params_after == count_params(result.model)
     assert result.params_before == full
     if variant == "deterministic":
-        assert result.params_after == result.params_planned
+        assert result.params_after == result.cost_planned
     if variant != "hybrid":
         work, groups, calibration = prepared(model, data)
         cost = cost_model(work, calibration, groups, "params")
         found = unit_sensitivities(work, groups, calibration)
         widths = {row.group: planned_width(found[row.group].values, row.samples, variant) for row in result.groups}
-        assert round(cost.total(widths)) == result.params_planned
+        assert round(cost.total(widths)) == result.cost_planned
         larger = [cost.total({**widths, name: width + 1}) for name, width in widths.items() if width < cost.full[name]]
         assert max(larger) > keep * full
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from specprune.analysis.code_design import Design, filter_kernels
-from specprune.compress.spectral import prune
+from specprune.compress.pruning import prune
 from specprune.compress.vocabulary import CONV, FILTER_BANK, FILTERS, LINEAR, LayerSpec
 
 _AT_ONCE = 500

@@ -16,7 +16,7 @@ from specprune.analysis.evaluation import collect_logits, error_rate
 from specprune.compress.batches import CalibrationData, Forward
 from specprune.compress.divergence import Reference
 from specprune.compress.latency import measure_latency
-from specprune.compress.spectral import prune_sweep
+from specprune.compress.pruning import prune_sweep
 
 logger = logging.getLogger(__name__)
 

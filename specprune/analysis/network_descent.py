@@ -22,7 +22,7 @@ from tqdm import tqdm
 from specprune._records import format_table, to_json
 from specprune.analysis.double_descent import METHOD_STYLES, size_axis
 from specprune.bounds.bound import check_count, check_number
-from specprune.compress.spectral import prune
+from specprune.compress.pruning import prune
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,11 +6,11 @@ from specprune.compress.cost import count_flops, count_params
 from specprune.compress.groups import Structure, find_groups
 from specprune.compress.low_rank_network import LowRank, LowRankLayer, low_rank
 from specprune.compress.moments import LayerMoments, Moments, collect_moments, collection_bytes
+from specprune.compress.pruning import prune, prune_sweep
 from specprune.compress.report import GroupReport, Pruned, PruneReport
 from specprune.compress.sampling import SampledGroup, SampledNetwork, prune_by_sampling
 from specprune.compress.selection import NodeStatistics, greedy_nodes, information_losses, select_nodes
 from specprune.compress.sparsify import SparseLayer, SparsifiedNetwork, sparsify_by_sampling
-from specprune.compress.spectral import prune, prune_sweep
 from specprune.compress.surgery import Group, Skipped, Slice, remove_nodes
 
 __all__ = [

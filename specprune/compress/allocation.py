@@ -148,7 +148,7 @@ def loss_allocation(
         return Allocation(dict(cost.full), dict(lams))
     budget = keep * cost.total() * (1 + _ROUNDING)
     grids = {
-        name: sorted({_multiple(k, full, (multiples or {}).get(name, 1)) for k in _grid(full)})
+        name: sorted({_multiple(k, full, (multiples or {}).get(name, 1)) for k in width_grid(full)})
         for name, full in cost.full.items()
     }
     _check_smallest(cost, keep, {name: grid[0] for name, grid in grids.items()})
@@ -186,7 +186,7 @@ def loss_allocation(
         places[max(options)[1]] += 1
 
 
-def _grid(full: int) -> list[int]:
+def width_grid(full: int) -> list[int]:
     """Return the widths that are tried: all of small groups, about 64 of large ones."""
     return sorted({1, *np.linspace(1, full, min(full, _GRID)).round().astype(int).tolist()})
 

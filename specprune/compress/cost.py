@@ -112,7 +112,7 @@ def cost_model(model: nn.Module, data: CalibrationData, groups: Sequence[Group],
     full = {group.name: group.width for group in groups}
     if measure == "nodes":
         return CostModel(full, tuple(CostTerm(float(group.width), (), ((group.name, 1.0),)) for group in groups))
-    inputs, outputs = _shares(model, groups)
+    inputs, outputs = layer_shares(model, groups)
     terms: list[CostTerm] = []
     if measure == "flops":
         counts = module_flops(model, data)
@@ -136,7 +136,7 @@ def cost_model(model: nn.Module, data: CalibrationData, groups: Sequence[Group],
     return CostModel(full, tuple(terms))
 
 
-def _shares(model: nn.Module, groups: Sequence[Group]) -> tuple[dict[str, Shares], dict[str, Shares]]:
+def layer_shares(model: nn.Module, groups: Sequence[Group]) -> tuple[dict[str, Shares], dict[str, Shares]]:
     """Return which groups make up which share of each module's inputs and of its outputs."""
     inputs: dict[str, Shares] = {}
     outputs: dict[str, Shares] = {}

@@ -1,15 +1,16 @@
-"""Which rank every layer gets: the smallest common level of a score that fits a budget of parameters.
+"""Which rank every layer gets: the smallest largest score, or the smallest sum of scores, that fits a budget.
 
-Each layer has options (a folding and a number of slices k), each with a score that falls with the rank.  All rules
-minimise the layers' largest score under the budget, and differ in the score:
+Each layer has options (a folding and a number of slices k), each with a score that falls with the rank:
 
-    error:   max_i sigma_{i,j+1} / ||W||, the layer's error, 1 to 1 / sqrt(k) times the exact one
-    energy:  lost share of the sum of squared singular values (equal retained energy)
-    size:    removed share of the layer's weights (equal ratio)
+    error:     max_i sigma_{i,j+1} / ||W||, the layer's error, 1 to 1 / sqrt(k) times the exact one
+    energy:    lost share of the sum of squared singular values (equal retained energy)
+    distance:  the lost sum itself, the squared Frobenius distance, which adds up over layers
+    size:      removed share of the layer's cost (equal ratio)
 
-The problem separates: for a level e, every layer takes its cheapest choice of score at most e, and the total falls as e
-grows.  So a bisection over the finitely many scores solves it exactly, over ranks, slices and foldings at once.
-`alternating_cuts` is the published search for the same problem, which fixes slices and ranks in turn from 15 starts.
+The largest score separates: for a level e, every layer takes its cheapest choice of score at most e, and the total
+falls as e grows.  So a bisection over the finitely many scores solves it exactly, over ranks, slices and foldings at
+once (`level_cuts`).  `alternating_cuts` is the published search for the same problem, which fixes slices and ranks in
+turn from 15 starts.  The sum is a knapsack, for which `sum_cuts` walks the layers' lower convex hulls.
 
 Source: Liebenwein et al. 2021 (arXiv:2107.11442), problem (8) and Algorithm 1; the exact solution is derived here.
 """
@@ -22,9 +23,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from specprune.compress.low_rank_layers import LayerSpectra
+from specprune.compress.low_rank_cost import LayerCost
 
-SCORES = ("error", "energy", "size")
+SCORES = ("error", "energy", "distance", "size")
 FIXED_STARTS = (3, 5, 7, 9)  # slices that the published search starts with, and how many random starts follow
 RANDOM_STARTS = 11
 ITERATIONS = 4
@@ -46,8 +47,8 @@ class Option:
     Args:
         folding: 0..3.
         slices: number of slices k.
-        unit: weights that one rank costs.
-        scores: (n,) scores of the ranks 1..n, not rising; only the ranks that make the layer smaller.
+        unit: what one rank costs.
+        scores: (n,) scores of the ranks 1..n, not rising; only the ranks that make the layer cheaper.
     """
 
     folding: int
@@ -65,7 +66,7 @@ class Frontier:
     """The choices of a layer that no other one beats in cost and score; the last is the layer as it is.
 
     Args:
-        costs: (n,) numbers of weights, rising.
+        costs: (n,) costs, rising.
         scores: (n,) scores, falling to 0.
         cuts: n choices; None is the layer as it is.
     """
@@ -76,7 +77,7 @@ class Frontier:
 
     @classmethod
     def of(cls, options: Iterable[Option], dense: int) -> Frontier:
-        """Return the frontier of some options and of the layer as it is, with its `dense` weights and score 0."""
+        """Return the frontier of some options and of the layer as it is, with its `dense` cost and score 0."""
         choices: list[tuple[int, float, Cut | None]] = [(dense, 0.0, None)]
         for option in options:
             choices += [
@@ -95,12 +96,12 @@ class Frontier:
         return int(np.searchsorted(-self.scores, -level))
 
 
-def layer_options(spectra: LayerSpectra, score: str, *, foldings: Iterable[int], slices: Iterable[int]) -> list[Option]:
+def layer_options(cost: LayerCost, score: str, *, foldings: Iterable[int], slices: Iterable[int]) -> list[Option]:
     """Return a layer's options with their scores.
 
     Args:
-        spectra: of the layer.
-        score: "error", "energy" or "size".
+        cost: of the layer.
+        score: "error", "energy", "distance" or "size".
         foldings: the foldings to offer.
         slices: the numbers of slices to offer.
 
@@ -115,26 +116,34 @@ def layer_options(spectra: LayerSpectra, score: str, *, foldings: Iterable[int],
     counts, found = tuple(slices), []
     for folding in foldings:
         for k in counts:
-            unit = spectra.rank_parameters(folding, k)
-            ranks = (spectra.dense_parameters - 1) // unit  # always below full rank, which costs more than the layer
+            ranks = affordable_ranks(cost, folding, k)
             if ranks:
-                found.append(Option(folding, k, unit, _scores(spectra, score, folding, k, ranks)))
+                scores = _scores(cost, score, folding, k, ranks)
+                found.append(Option(folding, k, cost.rank_cost(folding, k), scores))
     return found
 
 
-def _scores(spectra: LayerSpectra, score: str, folding: int, slices: int, ranks: int) -> np.ndarray:
+def affordable_ranks(cost: LayerCost, folding: int, slices: int) -> int:
+    """Return the highest rank that costs less than the layer; it is below full rank, which has more weights."""
+    rows, columns = cost.spectra.folded_shape(folding)
+    return min((cost.dense - 1) // cost.rank_cost(folding, slices), rows, columns // slices)
+
+
+def _scores(cost: LayerCost, score: str, folding: int, slices: int, ranks: int) -> np.ndarray:
     if score == "size":
-        unit = spectra.rank_parameters(folding, slices)
-        return 1.0 - np.arange(1, ranks + 1) * unit / spectra.dense_parameters
-    values, norm = spectra.values(folding, slices), spectra.norm(folding)
+        return 1.0 - np.arange(1, ranks + 1) * cost.rank_cost(folding, slices) / cost.dense
+    values, norm = cost.spectra.values(folding, slices), cost.spectra.norm(folding)
     if norm == 0:
         return np.zeros(ranks)
     if score == "error":
         tail = values.amax(0) / norm
     else:
         energy = values.square().sum(0)
-        tail = torch.flip(torch.cumsum(torch.flip(energy, (0,)), 0), (0,)) / energy.sum()
-    found: np.ndarray = tail[1 : ranks + 1].cpu().numpy()
+        tail = torch.flip(torch.cumsum(torch.flip(energy, (0,)), 0), (0,))
+        if score == "energy":
+            tail = tail / energy.sum()
+    # The rank above the last singular value, which only counts where FLOPs are cheap, loses nothing.
+    found: np.ndarray = torch.cat([tail, tail.new_zeros(1)])[1 : ranks + 1].cpu().numpy()
     return found
 
 
@@ -146,7 +155,7 @@ def level_cuts(frontiers: Sequence[Frontier], budget: int) -> list[Cut | None]:
 
     Args:
         frontiers: one a layer.
-        budget: number of weights that all layers together may have.
+        budget: what all layers together may cost.
 
     Returns:
         One choice a layer; None is the layer as it is.
@@ -154,9 +163,7 @@ def level_cuts(frontiers: Sequence[Frontier], budget: int) -> list[Cut | None]:
     Raises:
         ValueError: the smallest choices together exceed the budget.
     """
-    smallest = sum(int(frontier.costs[0]) for frontier in frontiers)
-    if smallest > budget:
-        raise ValueError(f"budget={budget}: the smallest choices have {smallest} weights together; allow at least that")
+    _check_budget(frontiers, budget)
 
     def chosen(level: float) -> list[int]:
         return [frontier.cheapest(level) for frontier in frontiers]
@@ -172,6 +179,60 @@ def level_cuts(frontiers: Sequence[Frontier], budget: int) -> list[Cut | None]:
     places = chosen(levels[high])
     _fill(frontiers, places, budget)
     return [frontier.cuts[place] for frontier, place in zip(frontiers, places, strict=True)]
+
+
+def sum_cuts(frontiers: Sequence[Frontier], budget: int) -> list[Cut | None]:
+    """Return choices of nearly the smallest sum of scores that the budget allows.
+
+    From the layers as they are, the choice that adds least score for each unit of cost that it saves is made again and
+    again, until the budget is met: these are the vertices of the lower convex hulls, where the sum is optimal.  What
+    the last step leaves of the budget goes where it lowers the sum most.
+
+    Args:
+        frontiers: one a layer, with scores that may be added.
+        budget: what all layers together may cost.
+
+    Returns:
+        One choice a layer; None is the layer as it is.
+
+    Raises:
+        ValueError: the smallest choices together exceed the budget.
+    """
+    _check_budget(frontiers, budget)
+    places = [len(frontier.costs) - 1 for frontier in frontiers]
+    spent = _cost(frontiers, places)
+    while spent > budget:
+        steps = [
+            (*_cheapest_step(frontier, place), layer)
+            for layer, (frontier, place) in enumerate(zip(frontiers, places, strict=True))
+            if place
+        ]
+        _, place, layer = min(steps)
+        spent -= int(frontiers[layer].costs[places[layer]] - frontiers[layer].costs[place])
+        places[layer] = place
+    while True:
+        gains = []
+        for layer, (frontier, place) in enumerate(zip(frontiers, places, strict=True)):
+            best = int(np.searchsorted(frontier.costs, frontier.costs[place] + budget - spent, side="right")) - 1
+            gains.append((float(frontier.scores[place] - frontier.scores[best]), layer, best))
+        gain, layer, place = max(gains, default=(0.0, 0, 0))
+        if gain <= 0:
+            return [frontier.cuts[place] for frontier, place in zip(frontiers, places, strict=True)]
+        spent += int(frontiers[layer].costs[place] - frontiers[layer].costs[places[layer]])
+        places[layer] = place
+
+
+def _cheapest_step(frontier: Frontier, place: int) -> tuple[float, int]:
+    """Return the least score that is added per unit of cost saved, and the choice that does so."""
+    ratios = (frontier.scores[:place] - frontier.scores[place]) / (frontier.costs[place] - frontier.costs[:place])
+    best = int(np.argmin(ratios))
+    return float(ratios[best]), best
+
+
+def _check_budget(frontiers: Sequence[Frontier], budget: int) -> None:
+    smallest = sum(int(frontier.costs[0]) for frontier in frontiers)
+    if smallest > budget:
+        raise ValueError(f"budget={budget}: the smallest choices cost {smallest} together; allow at least that")
 
 
 def _cost(frontiers: Sequence[Frontier], places: Sequence[int]) -> int:
@@ -205,8 +266,8 @@ def alternating_cuts(
 
     Args:
         options: the options of each layer; without any, a layer stays as it is.
-        dense: weights of each layer as it is.
-        budget: number of weights that all layers together may have.
+        dense: cost of each layer as it is.
+        budget: what all layers together may cost.
         seed: of the random starts.
 
     Returns:

@@ -205,8 +205,25 @@ class LayerSpectra:
 
     def rank_parameters(self, folding: int, slices: int) -> int:
         """Return how many weights one rank costs: k times the rows and the columns of the folded matrix."""
-        rows, columns = self._folded_shape(folding)
+        rows, columns = self.folded_shape(folding)
         return slices * rows + columns
+
+    def folded_shape(self, folding: int) -> tuple[int, int]:
+        """Return (rows, columns) of the folded matrix.
+
+        Raises:
+            ValueError: no such folding.
+        """
+        if folding not in _FIRST_AXES:
+            raise ValueError(f"layer {self.name!r}: folding={folding!r}, expected one of {tuple(_FIRST_AXES)}")
+        outputs, channels, *kernel = _weight(self.layer).shape
+        inner, outer = _split(kernel, _FIRST_AXES[folding])
+        return outputs * math.prod(outer), channels * math.prod(inner)
+
+    def first_axes(self, folding: int) -> tuple[int, ...]:
+        """Return the kernel axes that the first part has in this folding; the second part has the others."""
+        self.folded_shape(folding)
+        return _FIRST_AXES[folding]
 
     def values(self, folding: int, slices: int) -> Tensor:
         """Return the (k, r) singular values of the slices, falling.
@@ -253,31 +270,11 @@ class LayerSpectra:
             ValueError: no such folding, number of slices or rank.
         """
         left, right = self.decomposition(folding, slices).factors(rank)
-        outputs = _weight(self.layer).shape[0]
-        first, second = _parts(self.layer, _FIRST_AXES[folding], slices, rank)
-        inputs = right.mT if isinstance(first, SlicedLinear) else right  # (k, columns / k, j), else (k, j, columns / k)
-        joined = left.reshape(slices, outputs, -1, rank).permute(1, 0, 3, 2)  # (f, k, j, kernel of the rows)
-        with torch.no_grad():
-            first.weight.copy_(inputs.reshape(first.weight.shape))
-            second.weight.copy_(joined.reshape(second.weight.shape))
-            if self.layer.bias is not None and second.bias is not None:
-                second.bias.copy_(self.layer.bias)
-                second.bias.requires_grad_(self.layer.bias.requires_grad)
-        for part in (first, second):
-            part.weight.requires_grad_(self.layer.weight.requires_grad)
-        return nn.Sequential(first, second).train(self.layer.training)
-
-    def _folded_shape(self, folding: int) -> tuple[int, int]:
-        """Return (rows, columns) of the folded matrix."""
-        if folding not in _FIRST_AXES:
-            raise ValueError(f"layer {self.name!r}: folding={folding!r}, expected one of {tuple(_FIRST_AXES)}")
-        outputs, channels, *kernel = _weight(self.layer).shape
-        inner, outer = _split(kernel, _FIRST_AXES[folding])
-        return outputs * math.prod(outer), channels * math.prod(inner)
+        return assemble(self.layer, folding, left, right)
 
     def _slices(self, folding: int, slices: int) -> Tensor:
         """Return the folded weights as (k, rows, columns / k) in float64."""
-        rows, columns = self._folded_shape(folding)
+        rows, columns = self.folded_shape(folding)
         if slices not in self.slice_counts() or (self.moment is not None and folding != 0):
             expected = f"one of {self.slice_counts()}"
             if self.moment is not None:
@@ -295,6 +292,30 @@ class LayerSpectra:
     @cached_property
     def _decompositions(self) -> dict[tuple[int, int], Decomposition]:
         return {}
+
+
+def assemble(layer: Factorable, folding: int, outer: Tensor, inner: Tensor) -> nn.Sequential:
+    """Return the layer with the weights sum_i U_i V_i as two ordinary modules, of its dtype, device and mode.
+
+    Args:
+        layer: whose geometry and bias the modules get.
+        folding: 0..3.
+        outer: (k, rows, j) the U_i.
+        inner: (k, j, columns / k) the V_i.
+    """
+    slices, rank = inner.shape[:2]
+    first, second = _parts(layer, _FIRST_AXES[folding], slices, rank)
+    inputs = inner.mT if isinstance(first, SlicedLinear) else inner  # (k, columns / k, j), else (k, j, columns / k)
+    joined = outer.reshape(slices, len(layer.weight), -1, rank).permute(1, 0, 3, 2)  # (f, k, j, kernel of the rows)
+    with torch.no_grad():
+        first.weight.copy_(inputs.reshape(first.weight.shape))
+        second.weight.copy_(joined.reshape(second.weight.shape))
+        if layer.bias is not None and second.bias is not None:
+            second.bias.copy_(layer.bias)
+            second.bias.requires_grad_(layer.bias.requires_grad)
+    for part in (first, second):
+        part.weight.requires_grad_(layer.weight.requires_grad)
+    return nn.Sequential(first, second).train(layer.training)
 
 
 def refit_second(spectra: LayerSpectra, parts: nn.Sequential, cut: tuple[int, int], moment: Tensor) -> None:

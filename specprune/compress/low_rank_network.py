@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -13,9 +13,17 @@ from torch import nn
 
 from specprune._records import format_table, to_json
 from specprune.bounds.bound import check_number
-from specprune.compress.batches import CalibrationData
-from specprune.compress.cost import count_params
-from specprune.compress.low_rank_allocation import Cut, Frontier, alternating_cuts, layer_options, level_cuts
+from specprune.compress.batches import CalibrationData, Forward
+from specprune.compress.cost import count_params, module_flops
+from specprune.compress.low_rank_allocation import (
+    Cut,
+    Frontier,
+    alternating_cuts,
+    layer_options,
+    level_cuts,
+    sum_cuts,
+)
+from specprune.compress.low_rank_cost import LOW_RANK_MEASURES, layer_costs
 from specprune.compress.low_rank_layers import Factorable, LayerSpectra, parameters_after, refit_second, refusal
 from specprune.compress.moments import LayerMoments, collect_moments
 from specprune.compress.surgery import Skipped
@@ -25,7 +33,8 @@ from specprune.compress.surgery import Skipped
 class _Method:
     """A score, and whether it is taken on data, over all numbers of slices, over all foldings, by the search.
 
-    With `refit`, data serve the second part of each layer instead of the score.
+    With `refit`, data serve the second part of each layer instead of the score; with `summed`, the layers' scores are
+    added, instead of the largest of them being taken.
     """
 
     score: str
@@ -34,6 +43,7 @@ class _Method:
     sliced: bool = False
     folded: bool = False
     search: bool = False
+    summed: bool = False
 
 
 METHODS = {
@@ -43,6 +53,7 @@ METHODS = {
     "alternating": _Method("error", sliced=True, search=True),
     "constant": _Method("size"),
     "energy": _Method("energy"),
+    "lrank": _Method("distance", summed=True),
     "pca": _Method("energy", data=True),
     "data": _Method("error", data=True),
 }
@@ -123,23 +134,28 @@ def low_rank(
     keep: float = 0.5,
     *,
     method: str = "alds",
+    measure: str = "params",
+    forward: Forward | None = None,
     seed: int = 0,
 ) -> LowRank:
-    """Return the network with its Linear and Conv2d layers replaced by low-rank ones, of a given number of parameters.
+    """Return the network with its Linear and Conv2d layers replaced by low-rank ones, of a given size.
 
     The budget is never exceeded; what the ranks leave of it is less than the next rank of any layer costs.
 
     Args:
         model: any network; stays bit for bit.
         batches: re-iterable of `(inputs, targets)`, of inputs alone, or of mappings, on the model's device; for the
-            methods "refit", "data" and "pca" only.
-        keep: fraction of all the model's parameters to keep, in (0, 1].
+            methods "refit", "data" and "pca", and to count FLOPs.
+        keep: fraction of the whole model's `measure` to keep, in (0, 1].
         method: "alds" (smallest largest layer error in operator norm, over ranks and slices of input channels: problem
             (8) of the source, solved exactly), "alds+" (also over the four foldings), "alternating" (the published
             search for "alds"), "refit" ("alds", then the second part of every layer fitted to data by least squares),
             "data" (smallest largest layer error where the inputs are, without slices), or, with the ordinary singular
-            value decomposition: "constant" (same share of every layer's weights), "energy" (same retained energy
-            everywhere), "pca" (the same, of the principal components of the layers' outputs).
+            value decomposition: "constant" (same share of every layer's cost), "energy" (same retained energy
+            everywhere), "pca" (the same, of the principal components of the layers' outputs), "lrank" (smallest sum of
+            squared Frobenius distances: the rank selection of L-Rank without its training).
+        measure: "params" or "flops" (`torch.utils.flop_counter`, two a multiply-add).
+        forward: optional `forward(model, batch)` for models that are called in another way.
         seed: of the random starts of "alternating"; the others draw nothing.
 
     Returns:
@@ -150,47 +166,54 @@ def low_rank(
         ValueError: an unknown method, `keep` out of range or below what the method can reach, batches missing or
             empty, or weights or inputs of a layer (which is named) that are not finite.
 
-    Source: Liebenwein et al. 2021 (arXiv:2107.11442); "refit" and "data" are derived here.
+    Source: Liebenwein et al. 2021 (arXiv:2107.11442); "lrank": Idelbayev and Carreira-Perpinan 2020, "Low-rank
+        compression of neural nets: learning the rank of each layer"; "refit" and "data" are derived here.
     """
     started = time.perf_counter()
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
     if method not in METHODS:
         raise ValueError(f"method={method!r}: expected one of {tuple(METHODS)}")
+    if measure not in LOW_RANK_MEASURES:
+        raise ValueError(f"measure={measure!r}: expected one of {LOW_RANK_MEASURES}")
     keep = check_number("keep", keep, 0.0, 1.0, open_low=True)
     rule = METHODS[method]
+    data = batches if batches is None or isinstance(batches, CalibrationData) else CalibrationData(batches, forward)
     moments: Mapping[str, LayerMoments] = {}
     if rule.data or rule.refit:
-        if batches is None:
+        if data is None:
             raise ValueError(f"method={method!r} needs batches: give calibration data, or choose another method")
-        moments = collect_moments(model, batches, level="patch")
+        moments = collect_moments(model, data, level="patch")
+    flops = _flops(model, data) if measure == "flops" else None
     work = copy.deepcopy(model)
-    spectra, skipped = _find_layers(work, moments if rule.data else None)
+    names, skipped = replaceable_layers(work, moments if rule.data else flops)
+    spectra = [
+        LayerSpectra(
+            name,
+            cast(Factorable, work.get_submodule(name)),
+            moments[name].gram / moments[name].rows if rule.data else None,
+        )
+        for name in names
+    ]
+    costs = layer_costs(copy.deepcopy(model).eval(), spectra, flops, data)
     options = [
         layer_options(
-            layer,
+            cost,
             rule.score,
-            foldings=layer.foldings() if rule.folded else (0,),
-            slices=layer.slice_counts() if rule.sliced else (1,),
+            foldings=cost.spectra.foldings() if rule.folded else (0,),
+            slices=cost.spectra.slice_counts() if rule.sliced else (1,),
         )
-        for layer in spectra
+        for cost in costs
     ]
-    dense = [layer.dense_parameters for layer in spectra]
+    dense = [cost.dense for cost in costs]
     frontiers = [Frontier.of(own, size) for own, size in zip(options, dense, strict=True)]
     before = count_params(model)
-    fixed = before - sum(dense)
-    smallest = fixed + sum(int(frontier.costs[0]) for frontier in frontiers)
-    budget = int(keep * before * (1 + 1e-12))  # 0.3 * 10 is a little less than 3
-    if smallest > budget:
-        raise ValueError(
-            f"keep={keep:g} allows {budget} of {before} parameters; method={method!r} can reach {smallest} with rank 1 "
-            f"everywhere: use keep >= {smallest / before:.6f}"
-        )
-    cuts = (
-        alternating_cuts(options, dense, budget - fixed, seed=seed)
-        if rule.search
-        else level_cuts(frontiers, budget - fixed)
-    )
+    whole = before if flops is None else sum(flops.values())
+    budget = rank_budget(frontiers, keep, whole, f"{measure}, method={method!r}")
+    if rule.search:
+        cuts = alternating_cuts(options, dense, budget, seed=seed)
+    else:
+        cuts = (sum_cuts if rule.summed else level_cuts)(frontiers, budget)
     entries = []
     for layer, cut in zip(spectra, cuts, strict=True):
         entries.append(_report(layer, cut))
@@ -199,22 +222,54 @@ def low_rank(
             if rule.refit and layer.name in moments:  # a layer that does not run has nothing to be refitted on
                 moment = moments[layer.name].gram / moments[layer.name].rows
                 refit_second(layer, parts, (cut.slices, cut.rank), moment)
-            work = _replace(work, layer.name, parts)
-    settings = {"keep": keep, "method": method, "seed": seed}
+            work = replace_layer(work, layer.name, parts)
+    settings = {"keep": keep, "method": method, "measure": measure, "seed": seed}
     seconds = time.perf_counter() - started
     return LowRank(work, tuple(entries), tuple(skipped), settings, before, count_params(work), seconds)
 
 
-def _find_layers(
-    model: nn.Module, moments: Mapping[str, LayerMoments] | None
-) -> tuple[list[LayerSpectra], list[Skipped]]:
-    """Return the layers that can be replaced, and those that cannot with the reason."""
+def rank_budget(frontiers: Sequence[Frontier], keep: float, whole: int, label: str) -> int:
+    """Return what the layers may cost together, so that the whole network costs `keep` of what it did.
+
+    Args:
+        frontiers: of the layers, the last choice being the layer as it is.
+        keep: the fraction.
+        whole: cost of the whole network.
+        label: what messages say of the cost.
+
+    Raises:
+        ValueError: with rank 1 everywhere the network still costs more.
+    """
+    fixed = whole - sum(int(frontier.costs[-1]) for frontier in frontiers)
+    smallest = fixed + sum(int(frontier.costs[0]) for frontier in frontiers)
+    budget = int(keep * whole * (1 + 1e-12))  # 0.3 * 10 is a little less than 3
+    if smallest > budget:
+        raise ValueError(
+            f"keep={keep:g} allows {budget} of {whole} ({label}), but {smallest} are left with rank 1 everywhere: use "
+            f"keep >= {smallest / whole:.6f}"
+        )
+    return budget - fixed
+
+
+def _flops(model: nn.Module, data: CalibrationData | None) -> dict[str, int]:
+    if data is None:
+        raise ValueError("measure='flops' needs batches to run the network on: give them, or use measure='params'")
+    return module_flops(model, data)
+
+
+def replaceable_layers(model: nn.Module, ran: Container[str] | None) -> tuple[list[str], list[Skipped]]:
+    """Return the layers that can be replaced, and those that cannot with the reason.
+
+    Args:
+        model: the network.
+        ran: the layers that run; None if nobody knows.
+    """
     names = list(model.named_modules(remove_duplicate=False))
     places = Counter(id(module) for _, module in names)
     owners = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
     # Its fast path reads its layers' weights instead of calling them.
     read = {id(part) for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer) for part in m.children()}
-    spectra, skipped = [], []
+    found, skipped = [], []
     for name, module in names:
         if not isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
             continue
@@ -225,14 +280,13 @@ def _find_layers(
             reason = "the layer around it reads its weights"
         elif reason is None and (module._forward_pre_hooks or module._forward_hooks):
             reason = "it has hooks, which would be lost"
-        elif reason is None and moments is not None and name not in moments:
+        elif reason is None and ran is not None and name not in ran:
             reason = "it did not run on the batches"
         if reason is not None:
             skipped.append(Skipped(name, reason))
         else:
-            moment = None if moments is None else moments[name].gram / moments[name].rows
-            spectra.append(LayerSpectra(name, cast(Factorable, module), moment))
-    return spectra, skipped
+            found.append(name)
+    return found, skipped
 
 
 def _report(layer: LayerSpectra, cut: Cut | None) -> LowRankLayer:
@@ -253,8 +307,8 @@ def _report(layer: LayerSpectra, cut: Cut | None) -> LowRankLayer:
     )
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
-    """Return the model with the named module replaced; the model itself if that is all of it."""
+def replace_layer(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
+    """Return the model with the named module replaced, in place; the new module if that is all of it."""
     if not name:
         return module
     parent, _, attribute = name.rpartition(".")

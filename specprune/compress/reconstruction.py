@@ -228,10 +228,27 @@ def refit(
         shift[outputs] -= solution @ problem.mean[inside]
         matrix[outputs.start : outputs.stop, inside - part.start] = solution.to(matrix.device)
     set_weight_matrix(layer, matrix.to(layer.weight.dtype))
+    shift_constant(work, problem, shift, layer.bias, norm, before)
+
+
+@torch.no_grad()
+def shift_constant(
+    work: nn.Module, problem: Problem, shift: Tensor, bias: Tensor | None, norm: str | None, before: nn.Module
+) -> None:
+    """Put the constant of a fit into the layer's bias, or into the batch norm that follows it directly, in place.
+
+    Args:
+        work: the network.
+        problem: that was solved; nothing happens where it has no intercept.
+        shift: (o,) the constant.
+        bias: of the layer, or None.
+        norm: the batch norm that reads the layer's outputs directly, if there is one.
+        before: the network whose running mean the constant starts from.
+    """
     if not problem.intercept:
         return
-    if layer.bias is not None:
-        layer.bias.copy_(shift.to(layer.bias.dtype))
+    if bias is not None:
+        bias.copy_(shift.to(bias.dtype))
     elif norm is not None:
         mean = work.get_submodule(norm).get_buffer("running_mean")
         mean.copy_((before.get_submodule(norm).get_buffer("running_mean") - shift.to(mean.device)).to(mean.dtype))

@@ -9,7 +9,11 @@ from torch import nn
 
 from specprune._records import format_table, to_json
 from specprune.bounds.nodes import WeightedNodes
+from specprune.compress.fitted_network import FittedLayer
 from specprune.compress.latency import Latency
+from specprune.compress.low_rank_network import LowRankLayer
+from specprune.compress.sampling import SampledGroup
+from specprune.compress.sparsify import SparseLayer
 from specprune.compress.surgery import Group, Skipped
 
 
@@ -29,6 +33,7 @@ class GroupReport:
         s: sum of omega / m; the theorem asks for s <= 5/3.
         input_loss: L_A(J) / Tr Sigma.
         output_loss: L_B(J) / Tr Z Sigma Z^T.
+        output_bound: ceiling on it, c lambda ||Z||_F^2 / Tr Z Sigma Z^T; the theorem has 4 in place of c.
         flops_before: FLOPs of the group's own layer for one sample, before.
         flops_after: the same, after.
         params_before: parameters of the group's own layer and its batch norms, before.
@@ -47,6 +52,7 @@ class GroupReport:
     s: float
     input_loss: float
     output_loss: float
+    output_bound: float
     flops_before: int
     flops_after: int
     params_before: int
@@ -66,6 +72,7 @@ _COLUMNS = (
     "s",
     "input_loss",
     "output_loss",
+    "output_bound",
     "flops_before",
     "flops_after",
     "params_before",
@@ -75,11 +82,44 @@ _COLUMNS = (
 
 
 @dataclass(frozen=True)
-class PruneReport:
-    """What pruning did to the network.
+class LocalError:
+    """What a method promises of one layer or group, and what came out, as fractions; see the entry of the report.
 
     Args:
-        groups: one entry a group; the network's last layer has no group of its own.
+        place: name of the layer or group.
+        promised: ceiling on the error.
+        measured: the error.
+    """
+
+    place: str
+    promised: float
+    measured: float
+
+
+LayerReport = LowRankLayer | FittedLayer | SampledGroup | SparseLayer
+
+
+def _local_error(entry: GroupReport | LayerReport) -> LocalError | None:
+    """Return the promise of an entry; a fitted layer has none."""
+    match entry:
+        case GroupReport():
+            return LocalError(entry.group, entry.output_bound, entry.output_loss)
+        case LowRankLayer():
+            return LocalError(entry.layer, entry.error_theorem, entry.error_exact)
+        case SampledGroup():
+            return LocalError(entry.group, entry.epsilon_promised, entry.epsilon_measured)
+        case SparseLayer():
+            return LocalError(entry.layer, entry.epsilon_promised, entry.epsilon_measured)
+    return None
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What a method did to the network.
+
+    Args:
+        groups: one entry a group that lost nodes by spectral pruning or "hybrid"; the network's last layer has none.
+        layers: one entry a layer that became low-rank or sparse, or a group that was sampled.
         skipped: what was left whole, and why.
         settings: the arguments of the call.
         flops_before: FLOPs of one sample (two a multiply-add), before.
@@ -92,6 +132,7 @@ class PruneReport:
     """
 
     groups: tuple[GroupReport, ...]
+    layers: tuple[LayerReport, ...]
     skipped: tuple[Skipped, ...]
     settings: dict[str, Any]
     flops_before: int
@@ -103,8 +144,13 @@ class PruneReport:
     seconds: float
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one record a group."""
-        return [asdict(group) for group in self.groups]
+        """Return one record a group, then one a layer."""
+        return [asdict(entry) for entry in (*self.groups, *self.layers)]
+
+    def local_errors(self) -> tuple[LocalError, ...]:
+        """Return what the method promises of every group and layer, and what came out; "fitted" promises nothing."""
+        found = (_local_error(entry) for entry in (*self.groups, *self.layers))
+        return tuple(entry for entry in found if entry is not None)
 
     def to_json(self) -> str:
         """Return the whole report as JSON."""
@@ -116,7 +162,11 @@ class PruneReport:
             f"parameters {self.params_before} -> {self.params_after} ({self.params_after / self.params_before:.1%}), "
             f"{self.samples} calibration samples, {self.seconds:.1f} s"
         )
-        lines = [format_table(self.to_records(), _COLUMNS, head)]
+        lines = [head]
+        if self.groups:
+            lines.append(format_table([asdict(group) for group in self.groups], _COLUMNS))
+        if self.layers:
+            lines.append(format_table([asdict(layer) for layer in self.layers]))
         lines += [
             f"latency, batch of {entry.batch}: {entry.before_ms:.3g} -> {entry.after_ms:.3g} ms "
             f"({entry.speed_up:.2f} times faster; FLOPs fell {self.flops_before / self.flops_after:.2f} times)"
@@ -131,9 +181,10 @@ class Pruned:
     """A pruned network and how it came about.
 
     Args:
-        model: an ordinary, smaller module of the same classes, on the same device, in the same mode.
+        model: an ordinary, smaller module, on the same device, in the same mode; of the same classes, but for low-rank
+            layers, each of which is an `nn.Sequential` of two.
         report: what was done.
-        groups: the groups that were pruned.
+        groups: the groups that lost nodes.
         nodes: group name to the kept nodes, with the weights omega of the theory; indices ascend.
     """
 

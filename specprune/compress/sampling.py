@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from specprune._records import format_table
+from specprune._records import format_table, to_json
 from specprune.bounds.bound import FloatArray
 from specprune.compress.batches import CalibrationData, Forward
 from specprune.compress.cost import cost_model, count_params
@@ -33,7 +33,7 @@ from specprune.compress.shares import (
     planned_width,
     smallest_epsilon,
 )
-from specprune.compress.surgery import Group, Skipped, input_columns, remove_nodes
+from specprune.compress.surgery import Group, Skipped, copy_modes, input_columns, remove_nodes
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ class SampledNetwork:
         skipped: what was left whole, and why.
         params_before: number of parameters.
         params_after: the same, after.
-        params_planned: the same with the expected numbers of different channels, which met the budget; for
-            "deterministic" it is `params_after`.
+        cost_planned: what the network would cost with the expected numbers of different channels, which met the
+            budget, in the measure of the budget; for "deterministic" this is what it costs.
     """
 
     model: nn.Module
@@ -90,11 +90,15 @@ class SampledNetwork:
     skipped: tuple[Skipped, ...]
     params_before: int
     params_after: int
-    params_planned: int
+    cost_planned: int
 
     def to_records(self) -> list[dict[str, Any]]:
         """Return one record a group."""
         return [asdict(group) for group in self.groups]
+
+    def to_json(self) -> str:
+        """Return all but the network as JSON."""
+        return to_json({name: value for name, value in vars(self).items() if name != "model"})
 
     def __str__(self) -> str:
         share = self.params_after / self.params_before
@@ -109,6 +113,7 @@ def prune_by_sampling(
     keep: float,
     *,
     variant: str = "deterministic",
+    measure: str = "params",
     delta: float = 0.01,
     forward: Forward | None = None,
     seed: int = 0,
@@ -124,10 +129,11 @@ def prune_by_sampling(
     Args:
         model: any network that `find_groups` knows; stays bit for bit.
         batches: re-iterable of `(inputs, targets)`, of inputs alone, or of mappings, on the model's device.
-        keep: fraction of the parameters to keep, in (0, 1]; met within one channel of one group, except for "hybrid",
+        keep: fraction of `measure` to keep, in (0, 1]; met within one channel of one group, except for "hybrid",
             where several channels may become certain at once.  Draws that went on until the budget is met would be
             biased: for "random" and "hybrid" the expected widths meet it, and the drawn ones scatter around.
         variant: "deterministic", "random" or "hybrid".
+        measure: "params", "flops" or "nodes".
         delta: allowed probability that the draws of a group break its promise, in (0, 1).
         forward: optional `forward(model, batch)` for models that are called in another way.
         seed: of the draws.
@@ -157,7 +163,7 @@ def prune_by_sampling(
     if not groups:
         raise ValueError(f"no group is read by Linear or convolution layers only; left whole: {skipped}")
     found = unit_sensitivities(original, groups, data)
-    cost = cost_model(original, data, groups, "params")
+    cost = cost_model(original, data, groups, measure)
 
     def widths(epsilon: float) -> dict[str, int]:
         return {
@@ -175,9 +181,7 @@ def prune_by_sampling(
     measured = measured_errors(original, work, groups, data)
     kept = {name: entry.indices for name, entry in chosen.items()}
     small = remove_nodes(work, groups, kept)
-    modes = {name: module.training for name, module in model.named_modules()}
-    for name, module in small.named_modules():
-        module.training = modes.get(name, model.training)
+    copy_modes(model, small)
     rows = tuple(
         SampledGroup(
             group.name,

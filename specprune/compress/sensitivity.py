@@ -75,14 +75,28 @@ def calibrated_curves(
         widths = sorted({min(group.width, max(1, round(share * group.width))) for share in CALIBRATION_WIDTHS})
         residual = curves[group.name]
         points = [(float(residual[k]), measure(group, choose(group, k))) for k in widths]
-        logs = [(math.log(max(f, _FLOOR)), math.log(max(kl, _FLOOR))) for f, kl in points]
-        power = 1.0
-        if len(logs) > 1 and abs(logs[0][0] - logs[1][0]) > 1e-3:
-            power = (logs[0][1] - logs[1][1]) / (logs[0][0] - logs[1][0])
-        power = min(MAX_POWER, max(MIN_POWER, power))
-        shift = sum(y - power * x for x, y in logs) / len(logs)
-        found[group.name] = _falling(np.exp(shift + power * np.log(np.maximum(residual, _FLOOR))), group.width)
+        found[group.name] = _falling(power_law(points)(residual), group.width)
     return found
+
+
+def power_law(points: Sequence[tuple[float, float]]) -> Callable[[np.ndarray], np.ndarray]:
+    """Return the law c f^a, with 0.3 <= a <= 3, through (residual f, divergence) at one or two points.
+
+    Args:
+        points: what was measured; the law is f itself where nothing was.
+    """
+    logs = [(math.log(max(f, _FLOOR)), math.log(max(kl, _FLOOR))) for f, kl in points]
+    power = 1.0
+    if len(logs) > 1 and abs(logs[0][0] - logs[1][0]) > 1e-3:
+        power = (logs[0][1] - logs[1][1]) / (logs[0][0] - logs[1][0])
+    power = min(MAX_POWER, max(MIN_POWER, power))
+    shift = sum(y - power * x for x, y in logs) / max(len(logs), 1)
+
+    def law(residuals: np.ndarray) -> np.ndarray:
+        predicted: np.ndarray = np.exp(shift + power * np.log(np.maximum(residuals, _FLOOR)))
+        return predicted
+
+    return law
 
 
 def measured_curves(

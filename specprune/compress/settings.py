@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
 from specprune.compress.allocation import ALLOCATIONS
 from specprune.compress.choice import SELECTIONS
 from specprune.compress.cost import MEASURES
+from specprune.compress.low_rank_cost import LOW_RANK_MEASURES
+from specprune.compress.low_rank_network import METHODS as LOW_RANK_METHODS
 from specprune.compress.reconstruction import RECONSTRUCTIONS
 
 MIN_LAMBDA = 1e-14
 BUDGETS = (*MEASURES, "latency")
+SAMPLING_METHODS = {"pfp": "deterministic", "pfp-random": "random", "pfp-hybrid": "hybrid"}  # and their variants
+METHODS = ("spectral", "hybrid", "fitted", *LOW_RANK_METHODS, *SAMPLING_METHODS, "sipp")
+# What methods other than "spectral" take, beside `keep`, `measure`, `distill_steps` and `seed`.
+BUDGET_OF_OTHERS = {**dict.fromkeys(SAMPLING_METHODS, MEASURES), "sipp": ("params",)}
+_TAKEN = {"hybrid": ("positions", "ridge"), "fitted": ("positions", "ridge")}
 
 
 @dataclass(frozen=True)
@@ -38,9 +45,11 @@ class Settings:
     round_to: int = 1
     distill_steps: int = 0
     seed: int = 0
+    method: str = "spectral"
 
     def __post_init__(self) -> None:
         self._check_types()
+        self._check_method()
         for label, value, allowed in (
             ("measure", self.measure, BUDGETS),
             ("allocation", self.allocation, ALLOCATIONS),
@@ -77,6 +86,29 @@ class Settings:
             raise ValueError(f"distill_steps={self.distill_steps}: expected a number of steps, 0 for none")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed}: expected a whole number from 0 to 2**63 - 1")
+
+    def _check_method(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method={self.method!r}: expected one of {METHODS}")
+        if self.method == "spectral":
+            return
+        taken = ("keep", "measure", "distill_steps", "seed", "method", *_TAKEN.get(self.method, ()))
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if entry.name not in taken and value != entry.default:
+                raise ValueError(
+                    f"{entry.name}={value!r} means nothing to method={self.method!r}, which takes {taken}: leave it out"
+                )
+        if self.keep is None:
+            raise ValueError(f"method={self.method!r} needs keep, the fraction to keep, for example 0.3")
+        measures = BUDGET_OF_OTHERS.get(self.method, LOW_RANK_MEASURES)
+        if self.measure not in measures:
+            raise ValueError(
+                f"measure={self.measure!r}: method={self.method!r} takes one of {measures}"
+                + (" (weights are set to zero, so that no FLOPs are saved)" if self.method == "sipp" else "")
+            )
+        if self.method == "sipp" and self.distill_steps:
+            raise ValueError("distill_steps would fill in the weights that method='sipp' sets to zero: leave it out")
 
     def _check_types(self) -> None:
         for label, value, kind, what in (

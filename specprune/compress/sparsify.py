@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from specprune._records import format_table
+from specprune._records import format_table, to_json
 from specprune.bounds.sensitivity_sampling import dropping_error_bound
 from specprune.compress.batches import CalibrationData, Forward
 from specprune.compress.layers import get_layer, is_layer, layer_names, set_weight_matrix, weight_matrix
@@ -75,6 +75,10 @@ class SparsifiedNetwork:
     def to_records(self) -> list[dict[str, Any]]:
         """Return one record a layer."""
         return [asdict(layer) for layer in self.layers]
+
+    def to_json(self) -> str:
+        """Return all but the network as JSON."""
+        return to_json({"density": self.density, "layers": self.to_records()})
 
     def __str__(self) -> str:
         return format_table(self.to_records(), title=f"kept {self.density:.1%} of the weights")

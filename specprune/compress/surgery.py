@@ -215,6 +215,15 @@ def _by_block(module: nn.Module, entries: np.ndarray) -> list[tuple[slice, slice
     return parts
 
 
+def copy_modes(source: nn.Module, target: nn.Module) -> None:
+    """Put every module of `target` into the mode that `source` has there, or in the nearest module around it."""
+    modes = {name: module.training for name, module in source.named_modules()}
+    for name, module in target.named_modules():
+        while name not in modes:
+            name = name.rpartition(".")[0]
+        module.training = modes[name]
+
+
 def _union(parts: list[np.ndarray] | None) -> np.ndarray:
     return np.array([], dtype=np.int64) if not parts else np.unique(np.concatenate(parts))
 

@@ -46,6 +46,7 @@ class Targets:
         closers: layers whose outputs (or their batch norm's) are added to a shortcut.
         positions: output positions drawn per image in a convolution; None takes all.
         seed: of the positions.
+        rows: layer to the outputs that the network to be fitted still has; all, where a layer is not named.
     """
 
     def __init__(
@@ -58,10 +59,12 @@ class Targets:
         *,
         positions: int | None,
         seed: int,
+        rows: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.original, self.data, self.consumers = original, data, tuple(consumers)
         self.norms, self.closers = dict(norms), tuple(closers)
         self.positions = positions
+        self._rows = dict(rows or {})
         self._generators = {
             name: torch.Generator().manual_seed(seed + index) for index, name in enumerate(self.consumers)
         }
@@ -96,4 +99,6 @@ class Targets:
         if seen.shortcut is not None and name in self.closers:
             gain = inverse_gain(self.original, self.norms.get(name), target)
             target = target + drawn.rows(layer, seen.shortcut) * gain
+        if name in self._rows:
+            target = target[:, self._rows[name].to(target.device)]
         return drawn, target

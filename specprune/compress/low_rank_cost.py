@@ -1,0 +1,97 @@
+"""What a layer and its low-rank versions cost: weights, or FLOPs of one sample (two a multiply-add)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from specprune.compress.batches import CalibrationData
+from specprune.compress.low_rank_layers import LayerSpectra
+from specprune.compress.tracing import small_batch
+
+LOW_RANK_MEASURES = ("params", "flops")
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """The cost of one layer, of which a low-rank version of rank j costs j times `rank_cost`.
+
+    Args:
+        spectra: of the layer.
+        runs: multiply-adds a weight in one sample, times two: FLOPs are counted; None counts weights.
+        growth: input size over output size along each kernel axis.
+    """
+
+    spectra: LayerSpectra
+    runs: int | None = None
+    growth: tuple[float, ...] = ()
+
+    @property
+    def dense(self) -> int:
+        """Cost of the layer as it is; biases are not counted."""
+        return self.spectra.dense_parameters * (self.runs or 1)
+
+    def rank_cost(self, folding: int, slices: int) -> int:
+        """Return the cost of one rank.
+
+        A convolution with a stride along an axis that only the second part has runs its first part at every input.
+
+        Args:
+            folding: 0..3.
+            slices: number of slices k.
+        """
+        if self.runs is None:
+            return self.spectra.rank_parameters(folding, slices)
+        rows, columns = self.spectra.folded_shape(folding)
+        inside = self.spectra.first_axes(folding)
+        more = math.prod(factor for axis, factor in enumerate(self.growth) if axis not in inside)
+        return round(self.runs * (columns * more + slices * rows))
+
+
+def layer_costs(
+    model: nn.Module, spectra: Sequence[LayerSpectra], flops: Mapping[str, int] | None, data: CalibrationData | None
+) -> list[LayerCost]:
+    """Return the cost of each layer.
+
+    Args:
+        model: the network, in evaluation mode.
+        spectra: of layers that run.
+        flops: FLOPs of one sample by module, from `module_flops`; None counts weights.
+        data: calibration data, of which two samples are run; None with weights.
+    """
+    if flops is None or data is None:
+        return [LayerCost(layer) for layer in spectra]
+    growth = _growth(model, [layer.name for layer in spectra], data)
+    return [
+        LayerCost(layer, flops[layer.name] // layer.dense_parameters, growth.get(layer.name, ())) for layer in spectra
+    ]
+
+
+@torch.no_grad()
+def _growth(model: nn.Module, names: Sequence[str], data: CalibrationData) -> dict[str, tuple[float, ...]]:
+    """Return input size over output size along each axis of the convolutions among some layers."""
+    found: dict[str, tuple[float, ...]] = {}
+
+    def note(name: str, args: tuple[Any, ...], keywords: dict[str, Any], output: Tensor) -> None:
+        inputs = args[0] if args else keywords["input"]
+        sizes = zip(inputs.shape[-2:], output.shape[-2:], strict=True)
+        found[name] = tuple(before / after for before, after in sizes)
+
+    handles = [
+        model.get_submodule(name).register_forward_hook(
+            lambda _, args, keywords, output, name=name: note(name, args, keywords, output), with_kwargs=True
+        )
+        for name in names
+        if isinstance(model.get_submodule(name), nn.Conv2d)
+    ]
+    try:
+        data.call(model, small_batch(data.first()))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
