@@ -10,11 +10,13 @@ from typing import Any
 import specprune
 from specprune.analysis.certify import STARTS
 from specprune.analysis.comparison import KEEPS
+from specprune.analysis.comparison import METHODS as COMPARED
 from specprune.compress.allocation import ALLOCATIONS
 from specprune.compress.choice import SELECTIONS
+from specprune.compress.low_rank_cost import LOW_RANK_MEASURES
 from specprune.compress.reconstruction import RECONSTRUCTIONS
 from specprune.compress.selection import RULES
-from specprune.compress.settings import BUDGETS, Settings
+from specprune.compress.settings import BUDGETS, METHODS, Settings
 from specprune.testbed import CATALOG
 
 DATA = tuple(CATALOG)
@@ -66,13 +68,19 @@ def build_parser() -> argparse.ArgumentParser:
         "specprune prune --weights results/mnist-mlp-300-1000-300-0.npz --keep 0.2",
     )
     _add_problem(prune)
+    prune.add_argument(
+        "--method",
+        choices=METHODS,
+        default="spectral",
+        help="the others take --keep, --measure and --distill-steps only (default spectral)",
+    )
     _add_pruning(prune, keep=0.3)
     _add_common(prune)
 
     comparison = _command(
         commands,
         "compare",
-        "several ways to prune, at equal budget",
+        "spectral pruning, low rank, sampling and others at equal size",
         "specprune compare --weights results/mnist-mlp-300-1000-300-0.npz --keeps 0.5,0.3,0.2",
     )
     _add_problem(comparison)
@@ -81,7 +89,17 @@ def build_parser() -> argparse.ArgumentParser:
         type=_fractions,
         default=KEEPS,
         metavar="F,F,...",
-        help=f"fractions of the FLOPs to keep (default {','.join(map(str, KEEPS))})",
+        help=f"fractions to keep (default {','.join(map(str, KEEPS))})",
+    )
+    comparison.add_argument(
+        "--measure", choices=LOW_RANK_MEASURES, default="flops", help="fractions of what (default flops)"
+    )
+    comparison.add_argument(
+        "--method",
+        action="append",
+        choices=COMPARED,
+        metavar="NAME",
+        help=f"a method to compare, may be repeated (default all): {', '.join(map(repr, COMPARED))}",
     )
     _add_common(comparison)
 

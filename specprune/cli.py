@@ -23,6 +23,7 @@ from specprune._trends import default_plan, trend_points
 from specprune._verify import verified
 from specprune.analysis.certificate_path import FACTORS, certificate_path
 from specprune.analysis.certify import certify
+from specprune.analysis.comparison import METHODS as COMPARED
 from specprune.analysis.comparison import classifier_error, compare
 from specprune.analysis.evaluation import collect_logits, error_rate
 from specprune.analysis.posterior import Posterior, train_posterior
@@ -195,13 +196,15 @@ def run_prune(options: argparse.Namespace) -> None:
 
 
 def run_compare(options: argparse.Namespace) -> None:
-    """Prune a network by several methods to the same FLOPs; print and draw what comes out."""
+    """Compress a network by several methods to the same size; print and draw what comes out."""
     problem = _problem(options)
     found = compare(
         problem.model,
         problem.calibration(options.calibration),
         problem.test,
         keeps=options.keeps,
+        methods=options.method or tuple(COMPARED),
+        measure=options.measure,
         seed=options.seed,
     )
     _show(options, "compare", found)
@@ -361,6 +364,7 @@ def _prune(options: argparse.Namespace, problem: Problem, latency: bool = False)
         problem.model,
         problem.calibration(options.calibration),
         keep=options.keep,
+        method=getattr(options, "method", "spectral"),  # only `prune` offers others
         measure=options.measure,
         allocation=options.allocation,
         selection=options.selection,

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import specprune
+from specprune.analysis.comparison import METHODS
 from specprune.analysis.evaluation import collect_logits, error_rate
 from specprune.cli import build_parser, main
 from specprune.compress import CalibrationData
@@ -297,10 +298,17 @@ def test_compare_writes_table_and_figure(own, tmp_path, capsys, monkeypatch):
     assert "greedy (paper)" in capsys.readouterr().out
     assert {path.name for path in out.iterdir()} == {"compare.json", "compare.pdf", "compare.png"}
     record = json.loads((out / "compare.json").read_text())
-    assert [point["keep"] for point in record["result"]["points"]] == [0.6, 0.4] * 7
+    made = {(point["method"], point["keep"]) for point in record["result"]["points"]}
+    refused = {(entry["method"], entry["keep"]) for entry in record["result"]["refused"]}
+    assert made | refused == {(name, keep) for name in METHODS for keep in (0.6, 0.4)}
+    assert not made & refused
+    assert len(made) > 30
     assert record["result"]["measured_on"] == "test"
-    assert main(["compare", *network, "--data", f"{own}:inputs", "--json"]) == 0
+    few = ["--method", "SiPP", "--method", "spectral", "--measure", "params"]
+    assert main(["compare", *network, "--data", f"{own}:inputs", "--json", *few]) == 0
     result = json.loads(capsys.readouterr().out)["result"]
+    assert [point["method"] for point in result["points"]] == ["SiPP"] * 2 + ["spectral"] * 2
+    assert result["measure"] == "params"
     assert (result["base_error"], result["measured_on"]) == (None, "calibration")
 
 

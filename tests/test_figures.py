@@ -242,13 +242,16 @@ def test_comparison(folder):
     assert labels(ax)[-1] == "original network"
     assert list(ax.lines[-1].get_ydata()) == [data["base_error"]] * 2
     looks = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in ax.lines}
-    assert len(looks) == len(ax.lines) == 8
+    assert len(looks) == len(ax.lines) == 10
     for curve, line in zip(data["curves"], ax.lines, strict=False):
-        points = {point["flops_kept"]: point["error"] for point in curve["points"]}
+        points = {point["kept"]: point["error"] for point in curve["points"]}
         assert dict(zip(line.get_xdata(), line.get_ydata(), strict=True)) == points
         assert list(line.get_xdata()) == sorted(points)
         low, high = ax.get_ylim()
         assert all(low <= value <= high for value in points.values())
+    assert ax.get_xlabel() == "FLOPs kept (%)"
+    by_size = FIGURES["comparison"].draw({**data, "measure": "params"}).axes[0]
+    assert by_size.get_xlabel() == "parameters kept (%)"
     # Data without labels show the divergence, whose reference is 0.
     unlabelled = FIGURES["comparison"].draw({**data, "base_error": None}).axes[0]
     assert unlabelled.get_ylabel() == "divergence from the original"

@@ -389,7 +389,7 @@ def test_the_result_shows_itself():
     assert [record["layer"] for record in records] == ["fc1", "fc2", "fc3"]
     assert set(records[0]) >= {"folding", "slices", "rank", "params_before", "params_after", "error_exact"}
     fields = json.loads(result.to_json())
-    assert fields["settings"] == {"keep": 0.5, "method": "alds", "seed": 0}
+    assert fields["settings"] == {"keep": 0.5, "method": "alds", "measure": "params", "seed": 0}
     assert fields["params_after"] == result.params_after
     assert fields["layers"] == records
     assert "model" not in fields

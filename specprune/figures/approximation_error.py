@@ -14,7 +14,7 @@ from specprune.figures.style import (
     ROLES,
     figure_style,
     finish_figure,
-    kept_flops_axis,
+    kept_axis,
     new_figure,
     numbers,
 )
@@ -74,7 +74,7 @@ def draw(data: dict[str, Any]) -> Figure:
             if chosen.any():
                 style = {**ROLES["variance"], "linestyle": "none", "markerfacecolor": fill}
                 ax.plot(kept[chosen], relative["a_priori"][chosen], label=label, **style)
-        kept_flops_axis(ax, kept)
+        kept_axis(ax, kept)
         ax.set_yscale("log")
         ax.set_ylabel(r"relative error $\|f - f^\sharp\|_n\,/\,\|f\|_n$")
         finish_figure(figure, data["label"])

@@ -1,4 +1,4 @@
-"""Figure: ways to prune at equal budget, error (or divergence from the original, without labels) against FLOPs kept."""
+"""Figure: ways to compress to equal size, error (or divergence from the original, without labels) against what is kept."""
 
 from __future__ import annotations
 
@@ -19,22 +19,26 @@ from specprune.figures.style import (
     ORANGE,
     PURPLE,
     REFERENCE,
+    SKY,
     VERMILION,
     figure_style,
     finish_figure,
-    kept_flops_axis,
+    kept_axis,
     new_figure,
     numbers,
 )
 
+# The methods that are drawn; `specprune compare` prints the others, too.
 _STYLES: dict[str, dict[str, Any]] = {
     "spectral": {"color": VERMILION, "marker": "s"},
-    "spectral, uniform": {"color": GREEN, "marker": "^"},
+    "hybrid": {"color": BLACK, "marker": "*"},
+    "fitted low rank": {"color": GREEN, "marker": "^"},
     "greedy (paper)": {"color": BLUE, "marker": "o"},
     "thinet + refit": {"color": ORANGE, "marker": "D"},
-    "magnitude + refit": {"color": BLACK, "marker": "v"},
-    "magnitude, no refit": {"color": BLACK, "marker": "v", "linestyle": "--", "markerfacecolor": "white"},
-    "random + refit": {"color": PURPLE, "marker": "X"},
+    "magnitude + refit": {"color": BLACK, "marker": "v", "linestyle": "--"},
+    "ALDS": {"color": SKY, "marker": "P"},
+    "PFP": {"color": PURPLE, "marker": "X"},
+    "magnitude, no refit": {"color": BLACK, "marker": "v", "linestyle": ":", "markerfacecolor": "white"},
 }
 
 
@@ -49,6 +53,7 @@ def compute(setting: FigureSetting) -> dict[str, Any]:
         setting.calibration_batches,
         setting.dataset.test_batches(),
         keeps=setting.budgets,
+        methods=tuple(_STYLES),
         latency=False,
         seed=setting.seed,
     )
@@ -63,11 +68,13 @@ def from_comparison(comparison: Comparison, label: str) -> dict[str, Any]:
         label: the figure's title.
     """
     curves: dict[str, list[dict[str, Any]]] = {}
-    for point in comparison.points:
-        shown = {"flops_kept": point.flops_kept, "error": point.error, "divergence": point.divergence}
+    for point in (one for one in comparison.points if one.method in _STYLES):
+        kept = point.flops_kept if comparison.measure == "flops" else point.params_kept
+        shown = {"kept": kept, "error": point.error, "divergence": point.divergence}
         curves.setdefault(point.method, []).append(shown)
     return {
         "label": label,
+        "measure": comparison.measure,
         "measured_on": comparison.measured_on,
         "base_error": comparison.base_error,
         "curves": [{"method": method, "points": points} for method, points in curves.items()],
@@ -75,7 +82,7 @@ def from_comparison(comparison: Comparison, label: str) -> dict[str, Any]:
 
 
 def draw(data: dict[str, Any]) -> Figure:
-    """Draw one line a method against the FLOPs kept, and the original network as a dotted line.
+    """Draw one line a method against what is kept, and the original network as a dotted line.
 
     Args:
         data: what `compute` returned.
@@ -85,14 +92,14 @@ def draw(data: dict[str, Any]) -> Figure:
     with figure_style():
         figure, (ax,) = new_figure(height=2.6)
         for place, curve in enumerate(data["curves"]):
-            points = sorted(curve["points"], key=lambda point: point["flops_kept"])
-            kept = numbers(point["flops_kept"] for point in points)
+            points = sorted(curve["points"], key=lambda point: point["kept"])
+            kept = numbers(point["kept"] for point in points)
             values = numbers(point[quantity] for point in points)
             style = {"markersize": 4, "zorder": 3 - 0.1 * place, **_STYLES[curve["method"]]}
             ax.plot(kept, values, label=curve["method"], **style)
         ax.axhline(base, label="original network", **REFERENCE)
         shown = [point for curve in data["curves"] for point in curve["points"]]
-        kept_flops_axis(ax, [point["flops_kept"] for point in shown])
+        kept_axis(ax, [point["kept"] for point in shown], {"flops": "FLOPs", "params": "parameters"}[data["measure"]])
         _spread(ax, numbers([base, *(point[quantity] for point in shown)]))
         if labelled:
             ax.set_ylabel("test error (%)" if data["measured_on"] == "test" else "error on calibration data (%)")

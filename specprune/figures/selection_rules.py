@@ -19,7 +19,7 @@ from specprune.figures.style import (
     VERMILION,
     figure_style,
     finish_figure,
-    kept_flops_axis,
+    kept_axis,
     new_figure,
     numbers,
 )
@@ -106,7 +106,7 @@ def draw(data: dict[str, Any]) -> Figure:
                 ax.fill_between(kept, runs.min(axis=1), runs.max(axis=1), color=style["color"], alpha=0.2, linewidth=0)
             ax.plot(kept, runs.mean(axis=1), label=name, **style)
         ax.axhline(data["base_accuracy"], label="unpruned network", **REFERENCE)
-        kept_flops_axis(ax, [point["flops_kept"] for curve in data["curves"] for point in curve["points"]])
+        kept_axis(ax, [point["flops_kept"] for curve in data["curves"] for point in curve["points"]])
         ax.set_ylim(0.0, 1.02)
         ax.set_ylabel("test accuracy")
         finish_figure(figure, data["label"])

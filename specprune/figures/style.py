@@ -104,8 +104,8 @@ def numbers(values: Iterable[Any]) -> np.ndarray:
     return np.array([np.nan if value is None else float(value) for value in values])
 
 
-def kept_flops_axis(ax: Axes, fractions: Iterable[float]) -> None:
-    """Make x a logarithmic axis of the FLOPs kept, as fractions in (0, 1] labelled in percent."""
+def kept_axis(ax: Axes, fractions: Iterable[float], what: str = "FLOPs") -> None:
+    """Make x a logarithmic axis of what is kept, as fractions in (0, 1] labelled in percent."""
     smallest = min(fractions)
     ticks = [tick for tick in (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if tick >= 0.9 * smallest]
     ax.set_xscale("log")
@@ -114,4 +114,4 @@ def kept_flops_axis(ax: Axes, fractions: Iterable[float]) -> None:
     ax.xaxis.set_major_formatter(FuncFormatter(lambda tick, _: f"{100 * tick:g}"))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.set_xlabel("FLOPs kept (%)")
+    ax.set_xlabel(f"{what} kept (%)")
