@@ -21,7 +21,7 @@ from specprune.compress.latency import measure_latency
 from specprune.compress.low_rank_network import low_rank
 from specprune.compress.moments import check_finite_weights
 from specprune.compress.report import GroupReport, LayerReport, Pruned, PruneReport
-from specprune.compress.sampling import prune_by_sampling
+from specprune.compress.sampling import SAMPLING_DELTA, SampledNetworks
 from specprune.compress.settings import SAMPLING_METHODS, Settings
 from specprune.compress.sparsify import sparsify_by_sampling
 from specprune.compress.surgery import Group, Skipped, copy_modes
@@ -99,10 +99,10 @@ def _maker(model: nn.Module, data: CalibrationData, settings: Settings) -> Calla
 
         return hybrid
     if method in SAMPLING_METHODS:
-        variant = SAMPLING_METHODS[method]
+        networks = SampledNetworks(model, data, measure)
 
         def sampled(keep: float) -> _Made:
-            made = prune_by_sampling(model, data, keep, variant=variant, measure=measure, seed=seed)
+            made = networks.make(keep, SAMPLING_METHODS[method], SAMPLING_DELTA, seed)
             return _Made(made.model, made.groups, made.skipped)
 
         return sampled

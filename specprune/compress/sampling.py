@@ -35,6 +35,8 @@ from specprune.compress.shares import (
 )
 from specprune.compress.surgery import Group, Skipped, copy_modes, input_columns, remove_nodes
 
+SAMPLING_DELTA = 0.01  # by default
+
 
 @dataclass(frozen=True)
 class SampledGroup:
@@ -114,7 +116,7 @@ def prune_by_sampling(
     *,
     variant: str = "deterministic",
     measure: str = "params",
-    delta: float = 0.01,
+    delta: float = SAMPLING_DELTA,
     forward: Forward | None = None,
     seed: int = 0,
 ) -> SampledNetwork:
@@ -151,62 +153,77 @@ def prune_by_sampling(
         constants are those of `epsilon_for_sensitivity`.
     """
     check_arguments(keep, variant, delta)
-    check_finite_weights(model)
     data = batches if isinstance(batches, CalibrationData) else CalibrationData(batches, forward)
-    structure = find_groups(model, data)
-    original = structure.prepared(model)
-    groups = [group for group in structure.groups if _is_readable(original, group)]
-    skipped = [
-        *structure.skipped,
-        *(Skipped(g.name, "a recurrent layer reads its units") for g in structure.groups if g not in groups),
-    ]
-    if not groups:
-        raise ValueError(f"no group is read by Linear or convolution layers only; left whole: {skipped}")
-    found = unit_sensitivities(original, groups, data)
-    cost = cost_model(original, data, groups, measure)
+    return SampledNetworks(model, data, measure).make(keep, variant, delta, seed)
 
-    def widths(epsilon: float) -> dict[str, int]:
-        return {
-            name: planned_width(entry.values, draws_for(entry, epsilon, delta), variant)
-            for name, entry in found.items()
-        }
 
-    epsilon = smallest_epsilon(lambda value: cost.total(widths(value)), keep * cost.total(), cost.total())
-    generator = np.random.default_rng(seed)
-    chosen = {}
-    for name, entry in found.items():
-        chosen[name] = choose_inputs(entry, draws_for(entry, epsilon, delta), variant, delta, generator)
-    work = copy.deepcopy(original)
-    scale_units(work, groups, {name: (entry.indices, entry.factors) for name, entry in chosen.items()})
-    measured = measured_errors(original, work, groups, data)
-    kept = {name: entry.indices for name, entry in chosen.items()}
-    small = remove_nodes(work, groups, kept)
-    copy_modes(model, small)
-    rows = tuple(
-        SampledGroup(
-            group.name,
-            ", ".join(entry.module for entry in group.consumers),
-            group.width,
-            len(kept[group.name]),
-            found[group.name].total,
-            draws_for(found[group.name], epsilon, delta),
-            found[group.name].outputs,
-            chosen[group.name].epsilon,
-            measured[group.name],
+class SampledNetworks:
+    """The sampled versions of one network, whose sensitivities are measured once; see `prune_by_sampling`.
+
+    Args:
+        model: the network; left as it is.
+        data: calibration data.
+        measure: "params", "flops" or "nodes".
+    """
+
+    def __init__(self, model: nn.Module, data: CalibrationData, measure: str) -> None:
+        check_finite_weights(model)
+        self.model, self.data = model, data
+        structure = find_groups(model, data)
+        self.original = structure.prepared(model)
+        self.groups = [group for group in structure.groups if _is_readable(self.original, group)]
+        left = [group for group in structure.groups if group not in self.groups]
+        self.skipped = (*structure.skipped, *(Skipped(g.name, "a recurrent layer reads its units") for g in left))
+        if not self.groups:
+            raise ValueError(f"no group is read by Linear or convolution layers only; left whole: {self.skipped}")
+        self.cost = cost_model(self.original, data, self.groups, measure)
+        self.found = unit_sensitivities(self.original, self.groups, data)
+
+    def make(self, keep: float, variant: str, delta: float, seed: int) -> SampledNetwork:
+        """Return the network at a budget; the arguments are those of `prune_by_sampling`."""
+        cost, found, groups = self.cost, self.found, self.groups
+
+        def widths(epsilon: float) -> dict[str, int]:
+            return {
+                name: planned_width(entry.values, draws_for(entry, epsilon, delta), variant)
+                for name, entry in found.items()
+            }
+
+        epsilon = smallest_epsilon(lambda value: cost.total(widths(value)), keep * cost.total(), cost.total())
+        generator = np.random.default_rng(seed)
+        draws = {name: draws_for(entry, epsilon, delta) for name, entry in found.items()}
+        chosen = {name: choose_inputs(entry, draws[name], variant, delta, generator) for name, entry in found.items()}
+        work = copy.deepcopy(self.original)
+        scale_units(work, groups, {name: (entry.indices, entry.factors) for name, entry in chosen.items()})
+        measured = measured_errors(self.original, work, groups, self.data)
+        kept = {name: entry.indices for name, entry in chosen.items()}
+        small = remove_nodes(work, groups, kept)
+        copy_modes(self.model, small)
+        rows = tuple(
+            SampledGroup(
+                group.name,
+                ", ".join(entry.module for entry in group.consumers),
+                group.width,
+                len(kept[group.name]),
+                found[group.name].total,
+                draws[group.name],
+                found[group.name].outputs,
+                chosen[group.name].epsilon,
+                measured[group.name],
+            )
+            for group in groups
         )
-        for group in groups
-    )
-    return SampledNetwork(
-        small,
-        rows,
-        kept,
-        {name: entry.values for name, entry in found.items()},
-        epsilon,
-        tuple(skipped),
-        count_params(original),
-        count_params(small),
-        round(cost.total(widths(epsilon))),
-    )
+        return SampledNetwork(
+            small,
+            rows,
+            kept,
+            {name: entry.values for name, entry in found.items()},
+            epsilon,
+            self.skipped,
+            count_params(self.original),
+            count_params(small),
+            round(cost.total(widths(epsilon))),
+        )
 
 
 def _is_readable(model: nn.Module, group: Group) -> bool:

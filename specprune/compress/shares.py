@@ -26,7 +26,7 @@ from specprune.compress.layers import Positions, get_layer, patch_rows
 VARIANTS = ("deterministic", "random", "hybrid")
 _LOWEST, _HIGHEST = 1e-6, 1e9  # of the epsilon that is searched: all inputs kept, one draw
 _STEPS = 60
-_CHUNK = 2**22  # numbers that one intermediate tensor may hold
+_CHUNK = 2**20  # numbers that one intermediate tensor may hold; what fits the cache is twice as fast
 
 
 @dataclass(frozen=True)

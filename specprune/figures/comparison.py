@@ -1,4 +1,4 @@
-"""Figure: ways to compress to equal size, error (or divergence from the original, without labels) against what is kept."""
+"""Figure: ways to compress to equal size: error, or divergence from the original where no labels are, against size."""
 
 from __future__ import annotations
 
