@@ -5,6 +5,9 @@ group of nodes and for each layer by two measurements.  Step by step, what adds 
 done: some nodes of a group leave, or a layer gets a lower rank.  With fractions a of its inputs and b of its outputs, a
 layer costs a b times what it did, but with k slices of rank j only j (a columns + b k rows) times its runs: nodes
 shrink both, and where they have shrunk it enough, a low-rank layer goes back to what it was.
+
+Predictions are not certain, so that the network made in this way is measured against those that lose nodes alone or
+ranks alone at the same cost, and the one whose outputs diverge least is taken.
 """
 
 from __future__ import annotations
@@ -16,10 +19,11 @@ import numpy as np
 from torch import nn
 
 from specprune.bounds.nodes import WeightedNodes
-from specprune.compress.allocation import Allocation, width_grid
+from specprune.compress.allocation import Allocation, loss_allocation, width_grid
 from specprune.compress.batches import CalibrationData
 from specprune.compress.context import make_context
 from specprune.compress.cost import CostModel, Shares, cost_model, layer_shares
+from specprune.compress.divergence import Reference
 from specprune.compress.fitted_network import FittedLayer, FittedNetworks, Start, kept_rows
 from specprune.compress.groups import find_groups
 from specprune.compress.low_rank_allocation import Frontier
@@ -31,6 +35,7 @@ from specprune.compress.spectral import cut_network, group_reports, prune_groups
 from specprune.compress.surgery import Group, Skipped, remove_nodes
 
 _LOOK_AHEAD = 8  # grid steps of a group
+_SAMPLES = 500  # on which the candidates are compared
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,6 +177,7 @@ class HybridNetworks:
         self.context = make_context(model, data, find_groups(model, data), self.settings, None, None)
         self.curves = predicted_curves(self.context)
         original, groups = self.context.original, self.context.structure.groups
+        self.reference = Reference(original, data, _SAMPLES)
         self.cost = cost_model(original, data, groups, settings.measure)
         self.fitted = self._fitted(Start.whole(original))
         inputs, outputs = layer_shares(original, groups)
@@ -193,7 +199,7 @@ class HybridNetworks:
         return (*self.context.structure.skipped, *self.fitted.skipped)
 
     def make(self, keep: float) -> Hybrid:
-        """Return the network at a budget.
+        """Return the network at a budget: nodes and ranks together, or one of both alone, whichever diverges least.
 
         Args:
             keep: fraction of the cost to keep.
@@ -201,22 +207,52 @@ class HybridNetworks:
         Raises:
             ValueError: the budget cannot be met.
         """
-        original = self.context.original
+        made: list[tuple[float, Hybrid]] = []
+        refused: list[ValueError] = []
+        for candidate in (self._both, self._nodes, self._ranks):
+            try:
+                network = candidate(keep)
+            except ValueError as reason:
+                refused.append(reason)
+                continue
+            made.append((self.reference.divergence(network.model), network))
+        if not made:
+            raise refused[0]
+        return min(made, key=lambda pair: pair[0])[1]
+
+    def _both(self, keep: float) -> Hybrid:
         widths = hybrid_widths(self.cost, self.curves, self.choices, keep * self.fitted.whole)
-        generator = np.random.default_rng(self.settings.seed)
-        settings = replace(self.settings, keep=None, widths=widths)
-        context = replace(self.context, settings=settings, generator=generator)
-        lams = {
-            name: settings.lam * float(np.trace(entry.covariance)) for name, entry in self.context.statistics.items()
-        }
-        plan = Allocation(widths, lams)
-        work, nodes, seconds = prune_groups(context, plan)
-        small = cut_network(context, work, nodes)
+        small, reports, nodes = self._without_nodes(widths)
+        original = self.context.original
         kept = {name: chosen.indices for name, chosen in nodes.items()}
         unfitted = remove_nodes(original, self.groups, kept)
         start = Start(small, original, unfitted, kept_rows(original, self.groups, kept))
         made, layers = self._fitted(start).make(keep, self.fitted.whole)
-        return Hybrid(made, group_reports(context, plan, nodes, small, seconds), layers, nodes)
+        return Hybrid(made, reports, layers, nodes)
+
+    def _nodes(self, keep: float) -> Hybrid:
+        widths = loss_allocation(self.cost, keep, self.curves, self._lams()).widths
+        small, reports, nodes = self._without_nodes(widths)
+        return Hybrid(small, reports, (), nodes)
+
+    def _ranks(self, keep: float) -> Hybrid:
+        made, layers = self.fitted.make(keep)
+        return Hybrid(made, (), layers, {})
+
+    def _lams(self) -> dict[str, float]:
+        statistics = self.context.statistics
+        return {name: self.settings.lam * float(np.trace(entry.covariance)) for name, entry in statistics.items()}
+
+    def _without_nodes(
+        self, widths: dict[str, int]
+    ) -> tuple[nn.Module, tuple[GroupReport, ...], dict[str, WeightedNodes]]:
+        generator = np.random.default_rng(self.settings.seed)
+        settings = replace(self.settings, keep=None, widths=widths)
+        context = replace(self.context, settings=settings, generator=generator)
+        plan = Allocation(widths, self._lams())
+        work, nodes, seconds = prune_groups(context, plan)
+        small = cut_network(context, work, nodes)
+        return small, group_reports(context, plan, nodes, small, seconds), nodes
 
     def _fitted(self, start: Start) -> FittedNetworks:
         settings = self.settings
