@@ -63,7 +63,6 @@ class FitProblem:
         self.problem, self.gain, self.ridge = problem, gain, ridge
         self.total = float((problem.energy * gain.square()).sum())
         self._best = least_squares(problem.gram, problem.cross, ridge)
-        self._rows: dict[int, Tensor] = {}
 
     def floor(self) -> float:
         """Return the residual of the best affine map of full rank."""
@@ -74,39 +73,41 @@ class FitProblem:
 
     def residuals(self, slices: int, ranks: int) -> np.ndarray:
         """Return the (ranks,) residuals of the ranks 1..ranks."""
-        if self.total <= 0:
-            return np.zeros(ranks)
-        rows = self.rows(slices)[:ranks].flatten(0, 1)  # rank by rank
-        solved = self._solve(rows, half=True) * self.gain
-        explained = solved.square().sum(1).cumsum(0)[slices - 1 :: slices]
-        found: np.ndarray = (1.0 - explained / self.total).clamp(0.0, 1.0).cpu().numpy()
-        return found
+        return self._residuals(self.rows(slices)[:ranks])
 
     def fit(self, slices: int, rank: int) -> Fit:
         """Return the fit of rank j a slice."""
-        rows = self.rows(slices)[:rank].transpose(0, 1)  # (k, j, columns)
-        outer = self._solve(rows.flatten(0, 1), half=False).T.unflatten(1, (slices, rank)).transpose(0, 1)
-        size = rows.shape[2] // slices
-        inner = torch.stack([own[:, i * size : (i + 1) * size] for i, own in enumerate(rows)])
-        residual = float(self.residuals(slices, rank)[-1])
-        return Fit(inner, outer, residual)
+        rows = self.rows(slices)[:rank]
+        own = rows.transpose(0, 1)  # (k, j, columns)
+        outer = self._solve(own.flatten(0, 1), half=False).T.unflatten(1, (slices, rank)).transpose(0, 1)
+        size = own.shape[2] // slices
+        inner = torch.stack([part[:, i * size : (i + 1) * size] for i, part in enumerate(own)])
+        return Fit(inner, outer, float(self._residuals(rows)[-1]))
 
     def rows(self, slices: int) -> Tensor:
         """Return the (r, k, columns) rows of all ranks and slices, of variance one, zero outside their slices."""
-        if slices not in self._rows:
-            gram = self.problem.gram
-            weight = (self._best * self.gain[:, None]).unflatten(1, (slices, -1)).transpose(0, 1)  # (k, o, columns / k)
-            size = weight.shape[2]
-            own = torch.stack([gram[i * size : (i + 1) * size, i * size : (i + 1) * size] for i in range(slices)])
-            inner = _principal_rows(weight, own)
-            variance = (inner @ own * inner).sum(2)
-            scale = torch.where(variance > _DEAD * variance.max(), variance.rsqrt(), 0.0)
-            blocks = [
-                functional.pad(part * one[:, None], (i * size, (slices - 1 - i) * size))
-                for i, (part, one) in enumerate(zip(inner, scale, strict=True))
-            ]
-            self._rows[slices] = torch.stack(blocks, 1)
-        return self._rows[slices]
+        gram = self.problem.gram
+        weight = (self._best * self.gain[:, None]).unflatten(1, (slices, -1)).transpose(0, 1)  # (k, o, columns / k)
+        size = weight.shape[2]
+        own = torch.stack([gram[i * size : (i + 1) * size, i * size : (i + 1) * size] for i in range(slices)])
+        inner = _principal_rows(weight, own)
+        variance = (inner @ own * inner).sum(2)
+        scale = torch.where(variance > _DEAD * variance.max(), variance.rsqrt(), 0.0)
+        padded = [
+            functional.pad(part * one[:, None], (i * size, (slices - 1 - i) * size))
+            for i, (part, one) in enumerate(zip(inner, scale, strict=True))
+        ]
+        return torch.stack(padded, 1)
+
+    def _residuals(self, rows: Tensor) -> np.ndarray:
+        """Return the residuals of all ranks from the (ranks, k, columns) rows: each rank's are the first ones."""
+        ranks, slices = rows.shape[:2]
+        if self.total <= 0:
+            return np.zeros(ranks)
+        solved = self._solve(rows.flatten(0, 1), half=True) * self.gain
+        explained = solved.square().sum(1).cumsum(0)[slices - 1 :: slices]
+        found: np.ndarray = (1.0 - explained / self.total).clamp(0.0, 1.0).cpu().numpy()
+        return found
 
     def _solve(self, rows: Tensor, *, half: bool) -> Tensor:
         """Return L^-1 V C, or (V G V^T)^-1 V C, where L L^T = V G V^T + ridge."""
