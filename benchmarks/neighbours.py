@@ -23,9 +23,10 @@ from networks import REPORT_SEEDS, TASKS
 from pruning_quality import append_record, fine_tune, full_accuracy, make_case, measure, read_records
 from scipy import stats
 
-import specprune
 from specprune._files import write_text
 from specprune._records import format_table, to_json
+from specprune.analysis.comparison import sweep_or_reasons
+from specprune.compress.batches import CalibrationData
 from specprune.compress.settings import METHODS
 from specprune.testbed import load_dataset
 
@@ -65,7 +66,9 @@ def run_all(options: argparse.Namespace) -> None:
                 )
                 fast = copy.deepcopy(case.model).to(memory_format=torch.channels_last)
                 inputs = [batch.contiguous(memory_format=_format(batch)) for batch, _ in case.calibration]
-                for keep, made in _made(fast, inputs, open_keeps, method, seed):
+                common = {"method": method, "measure": "params", "seed": seed}
+                found = sweep_or_reasons(fast, CalibrationData(inputs), open_keeps, **common)
+                for keep, made in zip(open_keeps, found, strict=True):
                     record = {"task": task, "seed": seed, "keep": keep, "method": method, "tune": options.tune}
                     if isinstance(made, str):
                         record["refused"] = made
@@ -85,21 +88,6 @@ def run_all(options: argparse.Namespace) -> None:
 
 def _format(batch: torch.Tensor) -> torch.memory_format:
     return torch.channels_last if batch.dim() == 4 else torch.contiguous_format
-
-
-def _made(model: Any, inputs: list[Any], keeps: list[float], method: str, seed: int) -> list[tuple[float, Any]]:
-    """Return the networks at all budgets; what cannot be made gives its reason."""
-    common = {"method": method, "measure": "params", "seed": seed}
-    try:
-        return list(zip(keeps, specprune.prune_sweep(model, inputs, keeps, **common), strict=True))
-    except ValueError:
-        found: list[tuple[float, Any]] = []
-        for keep in keeps:
-            try:
-                found.append((keep, specprune.prune(model, inputs, keep, **common)))
-            except ValueError as reason:
-                found.append((keep, str(reason)))
-        return found
 
 
 def _record(made: Any, case: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import neighbours
 import pairs
 import peers
 import pruning_quality
@@ -343,3 +344,28 @@ def test_measured_divergence_of_the_network_from_itself_is_zero(digits):
     right = sum(int((model(x).argmax(1) == y).sum()) for x, y in data)
     assert accuracy == right / 96
     assert divergence == pytest.approx(0, abs=1e-9)
+
+
+# Neighbours.
+
+
+def test_neighbours_are_paired_by_seed():
+    def record(method, seed, accuracy, **more):
+        fields = {"task": "vgg", "keep": 0.5, "full_accuracy": 0.9, "kl": 0.1, "params": 0.5, "flops": 0.6}
+        fields |= {"density": 0.5, "promised": None, "measured": None, "seconds": 1.0, "tune": False}
+        return {**fields, "method": method, "seed": seed, "accuracy": accuracy, **more}
+
+    records = [record("hybrid", seed, 0.8 + 0.01 * seed) for seed in (1, 2, 3)]
+    records += [record("alds", 1, 0.7), record("alds", 3, 0.76), record("alds", 2, 0.7, refused="no")]
+    records += [record("alds", 1, 0.7, tune=True, tuned_accuracy=0.85)]
+    ours, rival = sorted(neighbours.summary(records, "hybrid"), key=lambda row: row["method"] != "hybrid")
+    assert (ours["method"], ours["seeds"], rival["method"], rival["seeds"]) == ("hybrid", 3, "alds", 2)
+    assert ours["accuracy"] == pytest.approx(82)
+    assert ours["drop"] == pytest.approx(8)
+    assert "ours_minus" not in ours
+    differences = np.array([11.0, 7.0])
+    assert rival["ours_minus"] == pytest.approx(differences.mean())
+    half = stats.t.ppf(0.975, 1) * differences.std(ddof=1) / np.sqrt(2)
+    assert rival["half_width"] == pytest.approx(half)
+    assert rival["tuned_accuracy"] == pytest.approx(85)
+    assert "tuned_ours_minus" not in rival  # ours was not tuned

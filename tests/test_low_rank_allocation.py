@@ -20,6 +20,7 @@ from specprune.compress.low_rank_allocation import (
     alternating_cuts,
     layer_options,
     level_cuts,
+    sum_cuts,
 )
 from specprune.compress.low_rank_cost import LayerCost
 from specprune.compress.low_rank_layers import LayerSpectra
@@ -124,6 +125,72 @@ def test_what_is_left_goes_to_the_worst_layer_that_it_helps():
     options = [[Option(0, 1, 5, np.array([score]))] for score in (0.4, 0.5, 0.9)]
     cuts = level_cuts(frontiers_of(options, [10, 10, 100]), 20)
     assert cuts == [Cut(0, 1, 1), None, Cut(0, 1, 1)]
+
+
+def least_sum(options, dense, budget):
+    everything = itertools.product(*(choices(layer, size) for layer, size in zip(options, dense, strict=True)))
+    return min((sum(c[1] for c in combo) for combo in everything if sum(c[0] for c in combo) <= budget), default=None)
+
+
+def summed(frontiers, cuts):
+    places = [frontier.cuts.index(cut) for frontier, cut in zip(frontiers, cuts, strict=True)]
+    cost = sum(int(frontier.costs[place]) for frontier, place in zip(frontiers, places, strict=True))
+    return cost, sum(float(frontier.scores[place]) for frontier, place in zip(frontiers, places, strict=True))
+
+
+@settings(max_examples=200, deadline=None)
+@given(seed=st.integers(0, 10**6), price=st.floats(-4, 1))
+def test_the_sum_is_least_where_one_price_of_cost_decides(seed, price):
+    """At a price every layer takes what is best for itself; at the budget that this spends it is the optimum."""
+    options, dense = random_options(np.random.default_rng(seed))
+    frontiers = frontiers_of(options, dense)
+    picked = [int(np.argmin(f.scores + 10.0**price * f.costs)) for f in frontiers]
+    budget = sum(int(f.costs[place]) for f, place in zip(frontiers, picked, strict=True))
+    cost, score = summed(frontiers, sum_cuts(frontiers, budget))
+    assert cost <= budget
+    assert score == pytest.approx(least_sum(options, dense, budget), abs=1e-12)
+
+
+@settings(max_examples=200, deadline=None)
+@given(seed=st.integers(0, 10**6), share=st.floats(0.05, 1))
+def test_between_such_budgets_the_sum_is_a_step_off_at_most(seed, share):
+    options, dense = random_options(np.random.default_rng(seed))
+    frontiers, budget = frontiers_of(options, dense), int(share * sum(dense))
+    best = least_sum(options, dense, budget)
+    if best is None:
+        with pytest.raises(ValueError, match="smallest choices cost"):
+            sum_cuts(frontiers, budget)
+        return
+    cost, score = summed(frontiers, sum_cuts(frontiers, budget))
+    assert cost <= budget
+    assert best - 1e-12 <= score <= best + max(float(f.scores[0]) for f in frontiers)
+    for frontier, cut in zip(frontiers, sum_cuts(frontiers, budget), strict=True):  # nothing that helps fits
+        place = frontier.cuts.index(cut)
+        assert place == len(frontier.cuts) - 1 or frontier.costs[place + 1] - frontier.costs[place] > budget - cost
+
+
+def test_lrank_minimises_the_sum_of_squared_distances():
+    model = small_mlp(MLP)
+    result = low_rank(model, keep=0.5, method="lrank")
+    left = 0.0
+    for row in result.layers:
+        if row.rank is not None:
+            values = torch.linalg.svdvals(model.get_submodule(row.layer).weight.double())
+            left += float(values[row.rank :].square().sum())
+            wanted = model.get_submodule(row.layer).weight.double()
+            made = result.model.get_submodule(row.layer)
+            distance = float((made[1].weight.double() @ made[0].weight.double() - wanted).square().sum())
+            assert distance == pytest.approx(float(values[row.rank :].square().sum()), rel=1e-4)
+    options = [
+        layer_options(
+            LayerCost(LayerSpectra(row.layer, model.get_submodule(row.layer))), "distance", foldings=(0,), slices=(1,)
+        )
+        for row in result.layers
+    ]
+    dense = [model.get_submodule(row.layer).weight.numel() for row in result.layers]
+    budget = int(0.5 * count_params(model)) - (count_params(model) - sum(dense))
+    best = least_sum(options, dense, budget)
+    assert best * (1 - 1e-9) <= left <= 1.1 * best
 
 
 @settings(max_examples=100, deadline=None)
