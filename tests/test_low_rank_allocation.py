@@ -175,11 +175,11 @@ def test_lrank_minimises_the_sum_of_squared_distances():
     left = 0.0
     for row in result.layers:
         if row.rank is not None:
-            values = torch.linalg.svdvals(model.get_submodule(row.layer).weight.double())
+            values = torch.linalg.svdvals(model.get_submodule(row.layer).weight.detach().double())
             left += float(values[row.rank :].square().sum())
-            wanted = model.get_submodule(row.layer).weight.double()
-            made = result.model.get_submodule(row.layer)
-            distance = float((made[1].weight.double() @ made[0].weight.double() - wanted).square().sum())
+            wanted = model.get_submodule(row.layer).weight.detach().double()
+            first, second = (part.weight.detach().double() for part in result.model.get_submodule(row.layer))
+            distance = float((second @ first - wanted).square().sum())
             assert distance == pytest.approx(float(values[row.rank :].square().sum()), rel=1e-4)
     options = [
         layer_options(
