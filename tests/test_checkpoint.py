@@ -340,8 +340,8 @@ def test_nothing_is_ever_unpickled(tmp_path, saved):
     ("change", "message"),
     [
         (
-            lambda arrays, header: header.update(version=3),
-            r"format version 3, this program reads the versions \(1, 2\)",
+            lambda arrays, header: header.update(version=4),
+            r"format version 4, this program reads the versions \(1, 2, 3\)",
         ),
         (lambda arrays, header: header.pop("structure"), "the header has no structure"),
         (lambda arrays, header: header["structure"]["fc1"]["sizes"].update(forward=3), "has the size forward=3"),

@@ -9,22 +9,29 @@ import torch
 from test_architectures import NETWORKS, network
 
 from specprune.compress import load_pruned, prune, save_pruned
+from specprune.compress.low_rank_parts import FactoredLayer, SlicedLinear
 
 pytestmark = pytest.mark.filterwarnings("ignore:enable_nested_tensor", "ignore:The PyTorch API of nested")
 
-NAMES = ("basic residual", "depthwise separable", "pre-norm encoder", "lstm", "u-net")
+UNIFORM = {"allocation": "uniform", "measure": "nodes"}
+NAMES = {"basic residual": {}, "depthwise separable": {}, "pre-norm encoder": UNIFORM, "lstm": {}, "u-net": {}}
+CASES = [*NAMES.items(), ("basic residual", {"method": "fitted"}), ("several consumers", {"method": "alds"})]
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join([case[0], *map(str, case[1].values())]))
 def case(request):
     """Name, pruned network in evaluation mode, inputs, its outputs."""
-    model, data, inputs = network(request.param)
-    options = {"allocation": "uniform", "measure": "nodes"} if request.param == "pre-norm encoder" else {}
+    name, options = request.param
+    model, data, inputs = network(name)
     pruned = prune(model, data, 0.5, **options).model.eval()
-    if request.param == "pre-norm encoder":
+    if name == "pre-norm encoder":
         assert all(layer.self_attn.num_heads < 4 for layer in pruned.layers)
+    if "method" in options:
+        assert any(isinstance(module, FactoredLayer) for module in pruned.modules())
+    if options.get("method") == "alds":
+        assert any(isinstance(module, SlicedLinear) for module in pruned.modules())
     with torch.no_grad():
-        return request.param, pruned, inputs, pruned(inputs)
+        return name, pruned, inputs, pruned(inputs)
 
 
 @torch.no_grad()

@@ -1,7 +1,9 @@
 """Low-rank layers: exact at full rank in every geometry, counts, errors against dense algebra, data, bad input."""
 
+import copy
 import itertools
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -13,7 +15,8 @@ from torch import nn
 
 from specprune.bounds.low_rank_error import layer_error_bound
 from specprune.compress.layers import weight_matrix
-from specprune.compress.low_rank_layers import LayerSpectra, SlicedLinear, parameters_after
+from specprune.compress.low_rank_layers import LayerSpectra, parameters_after
+from specprune.compress.low_rank_parts import FactoredLayer, SlicedLinear
 from specprune.compress.moments import collect_moments
 
 GEOMETRIES = [
@@ -295,6 +298,21 @@ def test_a_sliced_linear_layer_scripts_and_keeps_its_state():
     assert torch.equal(other(x), built(x))
     built(x).sum().backward()
     assert built[0].weight.grad.abs().sum() > 0
+
+
+def test_a_low_rank_layer_is_an_ordinary_sequence_of_two():
+    x = tensor(2, 6, 9, 9, dtype=torch.float64)
+    built = LayerSpectra("a", conv(bias=False)).build(2, 3, 2).eval()
+    for twin in (copy.deepcopy(built), pickle.loads(pickle.dumps(built)), copy.copy(built)):
+        assert type(twin) is FactoredLayer
+        assert twin.folding == 2
+        assert torch.equal(twin(x), built(x))
+    assert isinstance(built, nn.Sequential)
+    assert list(built.state_dict()) == ["0.weight", "1.weight"]
+    torch.testing.assert_close(torch.jit.script(built)(x), built(x))
+    torch.testing.assert_close(torch.fx.symbolic_trace(built)(x), built(x))
+    assert torch.equal(built[1:](built[:1](x)), built(x))
+    assert built[:1].folding is None  # no part of it is the whole
 
 
 def correlated(count, columns, seed=0):

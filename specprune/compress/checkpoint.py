@@ -13,16 +13,25 @@ from torch import Tensor, nn
 from specprune._files import load_arrays, save_arrays
 from specprune.compress.attention import HeadAttention, replace_attention
 from specprune.compress.heads import EMBEDDING_WIDTHS, HEAD_COUNTS, INNER_WIDTHS
+from specprune.compress.low_rank_checkpoint import (
+    check_foldings,
+    foldings_of,
+    is_part,
+    misfit,
+    outermost,
+    place_low_rank,
+)
+from specprune.compress.low_rank_parts import SlicedLinear
 from specprune.compress.recurrent import recurrent_fault
 from specprune.compress.report import Pruned
 from specprune.compress.surgery import CARRIERS, RECURRENT
 
 FILE_KIND = "pruned network"
-VERSION = 2
-_READABLE = (1, 2)
+VERSION = 3
+_READABLE = (1, 2, 3)
 _SIZES = (
     *("in_features", "out_features", "in_channels", "out_channels", "groups", "num_features", "num_parameters"),
-    *("hidden_size", "input_size", "num_heads", "head_dim"),
+    *("hidden_size", "input_size", "num_heads", "head_dim", "slices"),
 )
 # What pruning changes, and what tells it from others.
 _NUMBERS = frozenset((*_SIZES, *HEAD_COUNTS, *INNER_WIDTHS, *EMBEDDING_WIDTHS))
@@ -30,7 +39,10 @@ _TRANSPOSED = nn.modules.conv._ConvTransposeNd
 
 
 def save_pruned(pruned: Pruned | nn.Module, path: str | os.PathLike[str]) -> None:
-    """Save a pruned network: its tensors, and which module has which sizes.
+    """Save a pruned network: its tensors, which module has which sizes, and which are low-rank layers.
+
+    A low-rank layer is known as such as long as it is the two modules that it was made of, whatever their weights are
+    by then.
 
     Args:
         pruned: the result of `prune`, or its `model` (for example after fine-tuning).
@@ -53,14 +65,21 @@ def save_pruned(pruned: Pruned | nn.Module, path: str | os.PathLike[str]) -> Non
         }
         if sizes:
             structure[name] = {"type": type(module).__name__, "sizes": sizes}
-    header = {"kind": FILE_KIND, "version": VERSION, "dtypes": dtypes, "structure": structure}
+    header = {
+        "kind": FILE_KIND,
+        "version": VERSION,
+        "dtypes": dtypes,
+        "structure": structure,
+        "low_rank": foldings_of(model),
+    }
     save_arrays(path, arrays, header)
 
 
 def load_pruned(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) -> nn.Module:
     """Load a pruned network into the architecture that `factory` builds.
 
-    Where the file has `HeadAttention` and the factory's network `nn.MultiheadAttention`, the latter is replaced first.
+    Where the file has `HeadAttention` and the factory's network `nn.MultiheadAttention`, the latter is replaced first;
+    then layers are replaced where the file has low-rank ones, unless the factory makes those itself.
 
     Args:
         path: what `save_pruned` wrote, by this version or an earlier one.
@@ -82,12 +101,20 @@ def load_pruned(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) 
     structure, dtypes = header.get("structure"), header.get("dtypes")
     if not isinstance(structure, dict) or not isinstance(dtypes, dict):
         raise ValueError(f"{path}: the header has no structure; the file is damaged")
+    label = os.fspath(path)
+    for name, entry in structure.items():
+        if not isinstance(entry, dict) or not isinstance(entry.get("sizes"), dict):
+            raise ValueError(f"{label}: the structure says {entry!r} of module {name!r}; the file is damaged")
+    foldings = check_foldings(header, label)
     model = factory()
     if not isinstance(model, nn.Module):
         raise TypeError(f"factory() returned {type(model).__name__}, expected a torch.nn.Module")
-    label = os.fspath(path)
-    if _other_types(model, structure, label):
+    if _misfits(model, structure, foldings, label):
         model = replace_attention(model)
+    for reason in _misfits(model, structure, foldings, label):
+        raise ValueError(reason)
+    if foldings:
+        model = place_low_rank(model, foldings, structure, label)
     for reason in _other_types(model, structure, label):
         raise ValueError(reason)
     # All is checked before anything is changed.
@@ -101,13 +128,18 @@ def load_pruned(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) 
     return model.eval()
 
 
+def _misfits(model: nn.Module, structure: Mapping[str, Any], foldings: Mapping[str, int], label: str) -> list[str]:
+    """Return what to say of every module in the file that the network, still without low-rank layers, does not fit."""
+    outside = {name: entry for name, entry in structure.items() if not is_part(name, foldings)}
+    reasons = (misfit(model, name, foldings[name], label) for name in outermost(foldings))
+    return [*_other_types(model, outside, label), *(reason for reason in reasons if reason)]
+
+
 def _other_types(model: nn.Module, structure: Mapping[str, Any], label: str) -> list[str]:
     """Return what to say of every module in the file that the network lacks, or has as another type."""
     modules = dict(model.named_modules())
     reasons = []
     for name, entry in structure.items():
-        if not isinstance(entry, dict) or not isinstance(entry.get("sizes"), dict):
-            raise ValueError(f"{label}: the structure says {entry!r} of module {name!r}; the file is damaged")
         found = type(modules[name]).__name__ if name in modules else "nothing"
         if found != entry.get("type"):
             reasons.append(f"{label}: module {name!r} is a {entry.get('type')}, the factory's network has {found}")
@@ -124,9 +156,13 @@ def _checked_sizes(module: nn.Module, name: str, entry: Mapping[str, Any], label
                 f"{key}={full!r} of the factory's {type(module).__name__}"
             )
     sizes = {key: value for key, value in vars(module).items() if type(value) is int} | entry["sizes"]
-    if isinstance(module, nn.modules.conv._ConvNd) and (
-        sizes["in_channels"] % sizes["groups"] or sizes["out_channels"] % sizes["groups"]
-    ):
+    if isinstance(module, SlicedLinear):
+        ends, blocks = (sizes["in_features"], sizes["out_features"]), sizes["slices"]
+    elif isinstance(module, nn.modules.conv._ConvNd):
+        ends, blocks = (sizes["in_channels"], sizes["out_channels"]), sizes["groups"]
+    else:
+        return dict(entry["sizes"])
+    if any(end % blocks for end in ends):
         raise ValueError(f"{label}: module {name!r} has sizes that do not fit together: {entry['sizes']}")
     return dict(entry["sizes"])
 
@@ -144,6 +180,9 @@ def _shapes(module: nn.Module, sizes: Mapping[str, int]) -> dict[str, tuple[int,
             "bias_ih_l0": (rows,),
             "bias_hh_l0": (rows,),
         }
+    if isinstance(module, SlicedLinear):
+        slices = size["slices"]
+        return {"weight": (slices, size["in_features"] // slices, size["out_features"] // slices)}
     if isinstance(module, nn.Linear):
         return {"weight": (size["out_features"], size["in_features"]), "bias": (size["out_features"],)}
     if isinstance(module, nn.modules.conv._ConvNd):
@@ -184,7 +223,9 @@ def _checked_tensors(
     for name, module in model.named_modules():
         if isinstance(module, HeadAttention):
             numbers = {"num_heads": module.num_heads, "head_dim": module.head_dim, **sizes.get(name, {})}
-            inner = tensors[f"{name}.q_proj.weight" if name else "q_proj.weight"].shape[0]
+            queries = f"{name}.q_proj." if name else "q_proj."
+            weights = [key for key in tensors if key.startswith(queries) and key.endswith("weight")]
+            inner = tensors[weights[-1]].shape[0]  # the queries' layer may be a low-rank one, whose last part counts
             if inner != numbers["num_heads"] * numbers["head_dim"]:
                 raise ValueError(
                     f"{label}: {name!r} has {numbers['num_heads']} heads of {numbers['head_dim']} nodes and queries of "

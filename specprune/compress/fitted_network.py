@@ -27,8 +27,9 @@ from specprune.compress.layers import get_layer, input_width, is_refittable, wei
 from specprune.compress.low_rank_allocation import Cut, Frontier, sum_cuts
 from specprune.compress.low_rank_cost import layer_costs
 from specprune.compress.low_rank_fit import fit_options, fit_problem, place_fit
-from specprune.compress.low_rank_layers import Factorable, LayerSpectra
+from specprune.compress.low_rank_layers import LayerSpectra
 from specprune.compress.low_rank_network import rank_budget, replace_layer, replaceable_layers
+from specprune.compress.low_rank_parts import Factorable
 from specprune.compress.reconstruction import Problem, collect_problems, refit
 from specprune.compress.sensitivity import power_law
 from specprune.compress.surgery import Group, Skipped

@@ -28,7 +28,8 @@ from torch.nn import functional
 from specprune.compress.blocks import definite_factor
 from specprune.compress.low_rank_allocation import Option, affordable_ranks
 from specprune.compress.low_rank_cost import LayerCost
-from specprune.compress.low_rank_layers import Factorable, assemble
+from specprune.compress.low_rank_layers import assemble
+from specprune.compress.low_rank_parts import Factorable, FactoredLayer
 from specprune.compress.reconstruction import Problem, least_squares, shift_constant
 from specprune.compress.targets import norm_gain
 
@@ -169,7 +170,7 @@ def fit_options(fits: FitProblem, cost: LayerCost) -> list[Option]:
 
 
 @torch.no_grad()
-def place_fit(work: nn.Module, problem: Problem, fit: Fit, norm: str | None, before: nn.Module) -> nn.Sequential:
+def place_fit(work: nn.Module, problem: Problem, fit: Fit, norm: str | None, before: nn.Module) -> FactoredLayer:
     """Return the low-rank layer of a fit; its constant goes into its bias, or into the batch norm after it, in place.
 
     Args:

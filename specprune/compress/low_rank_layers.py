@@ -19,54 +19,23 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 
 from specprune.bounds.low_rank_error import layer_error_bound
-from specprune.compress.layers import is_layer
+from specprune.compress.layers import input_width
+from specprune.compress.low_rank_parts import (
+    FIRST_AXES,
+    Factorable,
+    FactoredLayer,
+    PartSizes,
+    SlicedLinear,
+    empty_layer,
+    refusal,
+)
 
-Factorable = nn.Linear | nn.Conv2d
-_FIRST_AXES: dict[int, tuple[int, ...]] = {0: (0, 1), 1: (1,), 2: (0,), 3: ()}  # kernel axes among the columns
 _REFIT_TOLERANCE = 1e-7  # relative; the moments of single precision models are no better
-
-
-class SlicedLinear(nn.Module):
-    """Linear maps side by side: input slice i to output slice i, without bias.
-
-    Args:
-        slices: number of slices k.
-        in_features: number of inputs, a multiple of k.
-        out_features: number of outputs, a multiple of k.
-        device: of the weights.
-        dtype: of the weights.
-
-    The weights have shape (k, in_features / k, out_features / k) and are zero at first.
-    """
-
-    def __init__(
-        self,
-        slices: int,
-        in_features: int,
-        out_features: int,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        shape = (slices, in_features // slices, out_features // slices)
-        self.slices = slices
-        self.weight = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Return (..., out_features) for inputs of shape (..., in_features)."""
-        return torch.einsum("...ki,kij->...kj", inputs.unflatten(-1, (self.slices, -1)), self.weight).flatten(-2)
-
-    def extra_repr(self) -> str:
-        """Return the sizes, for `repr`."""
-        slices, inputs, outputs = self.weight.shape
-        return f"slices={slices}, in_features={slices * inputs}, out_features={slices * outputs}"
 
 
 @dataclass(frozen=True)
@@ -195,7 +164,7 @@ class LayerSpectra:
         if self.moment is not None:
             return (0,)
         kernel = _weight(self.layer).shape[2:]
-        found = {tuple(axis for axis in axes if kernel[axis] > 1): f for f, axes in reversed(_FIRST_AXES.items())}
+        found = {tuple(axis for axis in axes if kernel[axis] > 1): f for f, axes in reversed(FIRST_AXES.items())}
         return tuple(sorted(found.values()))
 
     def slice_counts(self) -> tuple[int, ...]:
@@ -214,16 +183,16 @@ class LayerSpectra:
         Raises:
             ValueError: no such folding.
         """
-        if folding not in _FIRST_AXES:
-            raise ValueError(f"layer {self.name!r}: folding={folding!r}, expected one of {tuple(_FIRST_AXES)}")
+        if folding not in FIRST_AXES:
+            raise ValueError(f"layer {self.name!r}: folding={folding!r}, expected one of {tuple(FIRST_AXES)}")
         outputs, channels, *kernel = _weight(self.layer).shape
-        inner, outer = _split(kernel, _FIRST_AXES[folding])
+        inner, outer = _split(kernel, FIRST_AXES[folding])
         return outputs * math.prod(outer), channels * math.prod(inner)
 
     def first_axes(self, folding: int) -> tuple[int, ...]:
         """Return the kernel axes that the first part has in this folding; the second part has the others."""
         self.folded_shape(folding)
-        return _FIRST_AXES[folding]
+        return FIRST_AXES[folding]
 
     def values(self, folding: int, slices: int) -> Tensor:
         """Return the (k, r) singular values of the slices, falling.
@@ -263,7 +232,7 @@ class LayerSpectra:
             self._decompositions[key] = Decomposition(folding, left, values, left.mT @ matrices, norm)
         return self._decompositions[key]
 
-    def build(self, folding: int, slices: int, rank: int) -> nn.Sequential:
+    def build(self, folding: int, slices: int, rank: int) -> FactoredLayer:
         """Return the layer of rank j a slice as two ordinary modules, of the layer's dtype, device and mode.
 
         Raises:
@@ -281,7 +250,7 @@ class LayerSpectra:
                 expected = "folding 0 and one slice where a moment is given"
             raise ValueError(f"layer {self.name!r}: slices={slices!r} in folding {folding}, expected {expected}")
         weight = _weight(self.layer).to(torch.float64).unflatten(1, (slices, -1))  # (f, k, c / k, k1, k2)
-        inner = [3 + axis for axis in _FIRST_AXES[folding]]
+        inner = [3 + axis for axis in FIRST_AXES[folding]]
         outer = [axis for axis in (3, 4) if axis not in inner]
         return weight.permute(1, 0, *outer, 2, *inner).reshape(slices, rows, columns // slices)
 
@@ -294,7 +263,7 @@ class LayerSpectra:
         return {}
 
 
-def assemble(layer: Factorable, folding: int, outer: Tensor, inner: Tensor) -> nn.Sequential:
+def assemble(layer: Factorable, folding: int, outer: Tensor, inner: Tensor) -> FactoredLayer:
     """Return the layer with the weights sum_i U_i V_i as two ordinary modules, of its dtype, device and mode.
 
     Args:
@@ -304,21 +273,20 @@ def assemble(layer: Factorable, folding: int, outer: Tensor, inner: Tensor) -> n
         inner: (k, j, columns / k) the V_i.
     """
     slices, rank = inner.shape[:2]
-    first, second = _parts(layer, _FIRST_AXES[folding], slices, rank)
-    inputs = inner.mT if isinstance(first, SlicedLinear) else inner  # (k, columns / k, j), else (k, j, columns / k)
+    sizes = PartSizes(input_width(layer), slices, slices * rank, len(layer.weight))
+    made = empty_layer(layer, folding, sizes, layer.weight.device)
+    first, second = made.get_parameter("0.weight"), made.get_parameter("1.weight")
+    inputs = inner.mT if isinstance(made[0], SlicedLinear) else inner  # (k, columns / k, j), else (k, j, columns / k)
     joined = outer.reshape(slices, len(layer.weight), -1, rank).permute(1, 0, 3, 2)  # (f, k, j, kernel of the rows)
     with torch.no_grad():
-        first.weight.copy_(inputs.reshape(first.weight.shape))
-        second.weight.copy_(joined.reshape(second.weight.shape))
-        if layer.bias is not None and second.bias is not None:
-            second.bias.copy_(layer.bias)
-            second.bias.requires_grad_(layer.bias.requires_grad)
-    for part in (first, second):
-        part.weight.requires_grad_(layer.weight.requires_grad)
-    return nn.Sequential(first, second).train(layer.training)
+        first.copy_(inputs.reshape(first.shape))
+        second.copy_(joined.reshape(second.shape))
+        if layer.bias is not None:
+            made.get_parameter("1.bias").copy_(layer.bias)
+    return made
 
 
-def refit_second(spectra: LayerSpectra, parts: nn.Sequential, cut: tuple[int, int], moment: Tensor) -> None:
+def refit_second(spectra: LayerSpectra, parts: FactoredLayer, cut: tuple[int, int], moment: Tensor) -> None:
     """Give the second part of a layer in folding 0 the weights that do best on data, the first part as it is.
 
     U = W Sigma V^T (V Sigma V^T)^+ minimises E||W x - U V x||^2, V the block-diagonal weights of the first part; the
@@ -343,15 +311,6 @@ def refit_second(spectra: LayerSpectra, parts: nn.Sequential, cut: tuple[int, in
         second.copy_(refitted.reshape(second.shape))
 
 
-def refusal(module: nn.Module) -> str | None:
-    """Return why a module cannot become a low-rank layer, or None if it can."""
-    if is_layer(module):
-        return None
-    if type(module) is nn.Conv2d:
-        return f"it has groups={module.groups}: its weight is no matrix that reads all channels"
-    return f"it is a {type(module).__name__}, only Linear and Conv2d with groups=1 are known"
-
-
 def _weight(layer: Factorable) -> Tensor:
     """Return the weights as (f, c, k1, k2)."""
     weight = layer.weight.detach()
@@ -362,40 +321,6 @@ def _split(kernel: list[int], axes: tuple[int, ...]) -> tuple[list[int], list[in
     """Return the kernel sizes of the first and the second part; the other part's axes have size 1."""
     inner = [size if axis in axes else 1 for axis, size in enumerate(kernel)]
     return inner, [size if axis not in axes else 1 for axis, size in enumerate(kernel)]
-
-
-def _parts(
-    layer: Factorable, axes: tuple[int, ...], slices: int, rank: int
-) -> tuple[Factorable | SlicedLinear, Factorable]:
-    """Return the two modules with weights yet to be written; `skip_init` leaves the random state alone."""
-    width, bias = slices * rank, layer.bias is not None
-    place: dict[str, Any] = {"device": layer.weight.device, "dtype": layer.weight.dtype}
-    if isinstance(layer, nn.Linear):
-        second = skip_init(nn.Linear, width, layer.out_features, bias=bias, **place)
-        if slices > 1:
-            return SlicedLinear(slices, layer.in_features, width, **place), second
-        return skip_init(nn.Linear, layer.in_features, width, bias=False, **place), second
-    others = tuple(axis for axis in (0, 1) if axis not in axes)
-    return (
-        skip_init(nn.Conv2d, layer.in_channels, width, groups=slices, bias=False, **_geometry(layer, axes), **place),
-        skip_init(nn.Conv2d, width, layer.out_channels, bias=bias, **_geometry(layer, others), **place),
-    )
-
-
-def _geometry(layer: nn.Conv2d, axes: tuple[int, ...]) -> dict[str, Any]:
-    """Return kernel, stride, padding and dilation of the part that has these axes."""
-
-    def own(values: tuple[int, ...], neutral: int) -> tuple[int, ...]:
-        return tuple(value if axis in axes else neutral for axis, value in enumerate(values))
-
-    padding = layer.padding
-    return {
-        "kernel_size": own(layer.kernel_size, 1),
-        "stride": own(layer.stride, 1),
-        "padding": padding if isinstance(padding, str) else own(padding, 0),  # "same" pads a kernel of size 1 by 0
-        "dilation": own(layer.dilation, 1),
-        "padding_mode": layer.padding_mode if axes else "zeros",
-    }
 
 
 def parameters_after(spectra: LayerSpectra, folding: int, slices: int, rank: int) -> int:

@@ -24,7 +24,8 @@ from specprune.compress.low_rank_allocation import (
     sum_cuts,
 )
 from specprune.compress.low_rank_cost import LOW_RANK_MEASURES, layer_costs
-from specprune.compress.low_rank_layers import Factorable, LayerSpectra, parameters_after, refit_second, refusal
+from specprune.compress.low_rank_layers import LayerSpectra, parameters_after, refit_second
+from specprune.compress.low_rank_parts import Factorable, refusal
 from specprune.compress.moments import LayerMoments, collect_moments
 from specprune.compress.surgery import Skipped
 
