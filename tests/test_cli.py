@@ -125,6 +125,8 @@ def test_version(capsys):
         ["prune", "--keep", "half"],
         ["prune", "--theta", "1.5"],
         ["prune", "--selection", "best"],
+        ["prune", "--method", "svd"],
+        ["compare", "--method", "svd"],
         ["prune", "--selection", "scores"],
         ["prune", "--allocation", "theory"],
         ["prune", "--round-to", "0"],
@@ -288,6 +290,16 @@ def test_what_is_left_whole_is_printed_with_its_reason(own, tmp_path, capsys):
     assert "left whole: 0: " in printed
     assert "frozen" in printed
     assert "test error" not in printed  # there are no labels
+
+
+def test_prune_by_another_method(own, tmp_path, capsys):
+    arguments = ["prune", "--model", f"{own}:net", "--data", f"{own}:data", "--out", str(tmp_path), "--keep", "0.6"]
+    assert main([*arguments, "--method", "hybrid"]) == 0
+    assert "FLOPs " in capsys.readouterr().out
+    report = json.loads((tmp_path / "prune.json").read_text())["result"]
+    assert report["settings"]["method"] == "hybrid"
+    assert report["flops_after"] <= 0.6 * report["flops_before"]
+    fails(capsys, [*arguments, "--method", "alds", "--theta", "0.5"], "theta=0.5")
 
 
 def test_compare_writes_table_and_figure(own, tmp_path, capsys, monkeypatch):

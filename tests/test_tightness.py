@@ -286,6 +286,14 @@ def test_input_norm_is_of_what_the_network_reads():
         input_norm(CalibrationData([{"input": x}]), mlp((4, 3, 2)))
 
 
+@pytest.mark.parametrize("method", ["hybrid", "alds", "pfp"])
+def test_choices_that_no_bound_pays_for_are_refused(problem, method):
+    model, _, batches, *_ = problem
+    small = prune(model, batches, 0.7, method=method)
+    with pytest.raises(ValueError, match=f"method='{method}'"):
+        bound_table(model, batches, small)
+
+
 def test_data_that_is_unsuitable():
     model, x = mlp((4, 3, 2)), torch.rand(6, 4)
     with pytest.raises(TypeError, match="without targets"):

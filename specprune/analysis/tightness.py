@@ -185,7 +185,7 @@ def bound_table(
     Args:
         model: a classifier; the bounds from margins need a chain.
         train: the labelled training set that the model was trained on, all of it.
-        pruned: what `prune` made of the model.
+        pruned: what `prune` made of the model with method="spectral".
         test: a labelled test set to compare with, not used in training or pruning.
         reference: a network of the same shape that was fixed before the data, such as the initialisation: the point
             from which Bartlett's and Neyshabur's distances are measured; zero if None.
@@ -200,11 +200,19 @@ def bound_table(
         The table.  What cannot be computed for this network is left out, and a note says why.
 
     Raises:
-        ValueError: batch norms or buffers that cannot be folded, or unsuitable data.
+        ValueError: batch norms or buffers that cannot be folded, unsuitable data, or a network that another method has
+            pruned, for whose choices the bounds do not pay.
         TypeError: unlabelled batches.
     """
     data = CalibrationData(train, forward)
     held_out = None if test is None else CalibrationData(test, forward)
+    method = "spectral" if pruned is None else pruned.report.settings["method"]
+    if method != "spectral":
+        raise ValueError(
+            f"pruned was made with method={method!r}: the bounds know how to pay for a choice of widths, not of ranks, "
+            "slices or sampled channels; give a network of method='spectral', or pruned.model as the model itself if "
+            "its structure was fixed before the data"
+        )
     work = _Work(data, held_out, delta, input_radius, seed)
     widths = [] if pruned is None else [group.width for group in pruned.groups]
     original = work.net("original", model)

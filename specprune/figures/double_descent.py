@@ -89,7 +89,7 @@ def _relu_panel(quick: bool, seed: int, device: torch.device | str) -> dict[str,
         size = int(share * n)
         features = ReluFeatures(weights[:size], target, 0.1, n)
         law = correlated_risks(features.equivalent(), keep, draws=50 if quick else 200, fresh_draws=2, seed=seed)
-        simulated = simulate_risks(features, keep, draws=8 if quick else 20, seed=seed, device=device)
+        simulated = simulate_risks(features, keep, draws=8 if quick else 60, seed=seed, device=device)
         record: dict[str, Any] = {"size": size}
         for name, value in vars(law).items():
             record[name] = value.value if isinstance(value, Estimate) else value
