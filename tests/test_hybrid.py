@@ -10,11 +10,13 @@ from helpers import assert_unchanged, small_mlp, snapshot, tensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_architectures import NETWORKS, network
+from torch import nn
 
 from specprune.analysis.evaluation import collect_logits, error_rate
 from specprune.compress import CalibrationData, count_flops, count_params, find_groups, prune
-from specprune.compress.cost import CostModel, CostTerm, cost_model, layer_shares
+from specprune.compress.cost import CostModel, CostTerm, cost_model, layer_shares, module_flops
 from specprune.compress.divergence import Reference
+from specprune.compress.fitted_network import FittedNetworks, Start, kept_rows
 from specprune.compress.hybrid import HybridNetworks, RankChoices, hybrid_widths
 from specprune.compress.low_rank_allocation import Cut
 from specprune.compress.low_rank_layers import LayerSpectra
@@ -179,6 +181,66 @@ def test_the_candidate_that_diverges_least_is_taken(digits, monkeypatch):
         monkeypatch.setattr(hybrids.reference, "divergence", lambda net, losses=losses: losses[id(net)])
         assert hybrids.make(0.3) is made[best]
     assert (made["_nodes"].layers, made["_ranks"].groups, made["_ranks"].nodes) == ((), (), {})
+
+
+def test_reports_are_of_the_network_that_came_out(digits):
+    model, data, _ = digits
+    hybrids = HybridNetworks(model, data, Settings(keep=0.15, method="hybrid"))
+    made = hybrids._both(0.15)
+    flops = module_flops(made.model, data)
+    for row in made.groups:
+        layer = made.model.get_submodule(row.group)
+        assert row.params_after == count_params(layer)
+        own = sum(value for name, value in flops.items() if name.split(".")[0] == row.group)
+        assert row.flops_after == own
+    assert any(len(list(made.model.get_submodule(row.group).children())) == 2 for row in made.groups)
+    # A layer whose inputs have lost nodes has a residual, whether its rank fell or not.
+    assert all(row.residual > 0 for row in made.layers[1:])
+
+
+def test_ranks_alone_name_no_groups(digits, monkeypatch):
+    model, data, _ = digits
+    for name in ("_both", "_nodes"):
+        monkeypatch.setattr(HybridNetworks, name, lambda *_: (_ for _ in ()).throw(ValueError("no")))
+    result = prune(model, data, 0.3, method="hybrid")
+    assert (result.groups, result.nodes, result.report.groups) == ((), {}, ())
+    assert result.report.layers
+
+
+def test_the_constant_of_a_norm_starts_from_the_originals():
+    """After nodes went, the running mean that a fit moves is the original's, not the one that pruning moved before."""
+    model, data, _ = network("basic residual")
+    data = CalibrationData(data)
+    hybrids = HybridNetworks(model, data, Settings(keep=0.6, method="hybrid"))
+    widths = {group.name: max(1, group.width // 2) for group in hybrids.groups}
+    small, nodes, _ = hybrids._without_nodes(widths)
+    original = hybrids.context.original
+    kept = {name: chosen.indices for name, chosen in nodes.items()}
+    unfitted = remove_nodes(original, hybrids.groups, kept)
+    start = Start(small, original, unfitted, kept_rows(original, hybrids.groups, kept))
+    networks = FittedNetworks(start, data, "flops", None, 1e-6, 0)
+    made, _ = networks.make(0.8)
+    name = next(
+        n for n, cut in ((n, made.get_submodule(n)) for n in networks.frontiers) if isinstance(cut, nn.Sequential)
+    )
+    norm = networks.norms[name]
+    inputs: list[torch.Tensor] = []
+    made.get_submodule(norm).register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    targets: list[torch.Tensor] = []
+    original.get_submodule(norm).register_forward_pre_hook(lambda _, args: targets.append(args[0]))
+    with torch.no_grad():
+        for batch in data.head():
+            made(batch), original(batch)
+    rows = networks.start.rows.get(name, slice(None))
+    old = torch.cat([t.transpose(0, 1).flatten(1) for t in targets], 1)[rows].mean(1)
+    old = old - original.get_submodule(norm).running_mean[rows]
+    new = torch.cat([t.transpose(0, 1).flatten(1) for t in inputs], 1).mean(1) - made.get_submodule(norm).running_mean
+    torch.testing.assert_close(new, old, rtol=1e-3, atol=1e-3)
+
+
+def test_without_nodes_to_remove_the_way_out_is_named():
+    with pytest.raises(ValueError, match="method='fitted' removes no nodes"):
+        prune(torch.nn.Linear(12, 8), [tensor(40, 12)], 0.5, method="hybrid")
 
 
 def test_keeping_all_and_too_little():

@@ -118,6 +118,74 @@ def test_distillation_comes_last(problem, method):
     assert losses[1] < losses[0]
 
 
+def test_the_seed_of_the_distillation_is_the_callers(problem):
+    model, data = problem[0], [tensor(300, 16)]  # a batch that is split
+    one, again, two = (
+        specprune.prune(model, data, 0.5, method="alds", distill_steps=5, seed=seed).model.fc3 for seed in (0, 0, 1)
+    )
+    weights = [next(layer.parameters()) for layer in (one, again, two)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_models_that_are_called_in_another_way_and_latency(monkeypatch):
+    monkeypatch.setattr("specprune.compress.latency._SECONDS", 0.0)
+
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = small_mlp((16, 24, 20, 4))
+
+        def forward(self, *, pixels, scale):
+            return {"out": self.inner(pixels) * scale}
+
+    model, data = Named(), [tensor(40, 16)]
+
+    def forward(net, batch):
+        return net(pixels=batch, scale=2.0)["out"]
+
+    for method in ("fitted", "hybrid", "alds", "pfp", "sipp"):
+        result = specprune.prune(model, data, 0.7, method=method, measure="params", forward=forward, latency=True)
+        assert [entry.batch for entry in result.report.latencies] == [1, 64]
+        assert forward(result.model, data[0]).shape == (40, 4)
+
+
+def test_cuts_without_reconstruction_promise_nothing(problem):
+    model, data = problem
+    bare = specprune.prune(model, data, 0.5, selection="random", allocation="uniform", reconstruction="none")
+    assert bare.report.local_errors() == ()
+    assert specprune.prune(model, data, 0.5, reconstruction="channel").report.local_errors()
+
+
+def test_a_layer_that_runs_at_several_sizes_pays_for_all_of_them():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(8, 24, 5)
+
+        def forward(self, x):
+            return sum(self.conv(part).mean((2, 3)) for part in (x[..., :6, :6], x[..., :7, :7], x))
+
+    model, data = Net(), [tensor(6, 8, 9, 9)]
+    with torch.no_grad():
+        model.conv.weight.copy_(tensor(24, 1, 5, 1) * tensor(1, 8, 1, 5, seed=2) + 0.01 * tensor(24, 8, 5, 5, seed=3))
+    for keep in (0.7, 0.5, 0.3):
+        report = specprune.prune(model, data, keep, method="alds+").report
+        assert report.flops_after <= keep * report.flops_before
+
+
+@pytest.mark.parametrize("method", ["alds", "constant", "energy", "lrank"])
+def test_a_layer_of_zeros_leaves_budgets_true(method):
+    model = small_mlp((16, 24, 20, 24, 4), seed=1)
+    with torch.no_grad():
+        model.fc3.weight.zero_()
+    full = low_rank(model, keep=1.0, method=method)
+    assert full.params_after == full.params_before
+    for keep in (0.5, 0.3):
+        result = low_rank(model, keep=keep, method=method)
+        assert 0.85 * keep < result.params_after / result.params_before <= keep
+
+
 @pytest.mark.parametrize(
     ("method", "argument", "value"),
     [

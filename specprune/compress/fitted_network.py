@@ -126,7 +126,7 @@ class FittedNetworks:
             rows=start.rows,
         )
         self.order = tuple(free)
-        replaceable, skipped = replaceable_layers(start.model, set(seen.order))
+        replaceable, skipped = replaceable_layers(start.model, set(seen.order), data)
         self.skipped = (*skipped, *(Skipped(n, seen.blocked[n]) for n in replaceable if n in seen.blocked))
         spectra = [
             LayerSpectra(name, cast(Factorable, start.model.get_submodule(name)))
@@ -182,7 +182,7 @@ class FittedNetworks:
         names = list(self.frontiers)
         own = list(self.frontiers.values())
         share = keep if whole is None else min(1.0, keep * whole / self.whole)
-        budget = rank_budget(own, share, self.whole, f"{self.measure}, low rank")
+        budget = rank_budget(own, share, self.whole, f"{self.measure}, low rank", self.skipped)
         predicted = [replace(self.frontiers[name], scores=self.losses[name]) for name in names]
         cuts = dict(zip(names, sum_cuts(predicted, budget), strict=True))
         work, changed, rows = copy.deepcopy(self.start.model), False, []
@@ -198,7 +198,9 @@ class FittedNetworks:
                 else:
                     kept = np.arange(input_width(get_layer(work, name)))
                     refit(work, problem, kept, self.norms.get(name), self.ridge, self.start.unfitted)
-                    residual = _residual_after(work, problem, self.norms.get(name), self.ridge)
+                    residual = fit_problem(work, problem, self.norms.get(name), self.ridge).floor()
+            elif self.start.rows:
+                residual = fit_problem(work, self.problems[name], self.norms.get(name), self.ridge).floor()
             if name in self.frontiers:
                 place = self.frontiers[name].cuts.index(cut)
                 costs = self.frontiers[name].costs
@@ -214,10 +216,6 @@ class FittedNetworks:
                     )
                 )
         return work, tuple(rows)
-
-
-def _residual_after(work: nn.Module, problem: Problem, norm: str | None, ridge: float) -> float:
-    return fit_problem(work, problem, norm, ridge).floor()
 
 
 def kept_rows(model: nn.Module, groups: Sequence[Group], kept: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ ranks alone at the same cost, and the one whose outputs diverge least is taken.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -174,7 +174,11 @@ class HybridNetworks:
     def __init__(self, model: nn.Module, data: CalibrationData, settings: Settings) -> None:
         self.data = data
         self.settings = replace(settings, method="spectral")
-        self.context = make_context(model, data, find_groups(model, data), self.settings, None, None)
+        try:
+            structure = find_groups(model, data)
+        except ValueError as reason:
+            raise ValueError(f"{reason}; method='fitted' removes no nodes") from reason
+        self.context = make_context(model, data, structure, self.settings, None, None)
         self.curves = predicted_curves(self.context)
         original, groups = self.context.original, self.context.structure.groups
         self.reference = Reference(original, data, _SAMPLES)
@@ -222,18 +226,18 @@ class HybridNetworks:
 
     def _both(self, keep: float) -> Hybrid:
         widths = hybrid_widths(self.cost, self.curves, self.choices, keep * self.fitted.whole)
-        small, reports, nodes = self._without_nodes(widths)
+        small, nodes, report = self._without_nodes(widths)
         original = self.context.original
         kept = {name: chosen.indices for name, chosen in nodes.items()}
         unfitted = remove_nodes(original, self.groups, kept)
         start = Start(small, original, unfitted, kept_rows(original, self.groups, kept))
         made, layers = self._fitted(start).make(keep, self.fitted.whole)
-        return Hybrid(made, reports, layers, nodes)
+        return Hybrid(made, report(made), layers, nodes)
 
     def _nodes(self, keep: float) -> Hybrid:
         widths = loss_allocation(self.cost, keep, self.curves, self._lams()).widths
-        small, reports, nodes = self._without_nodes(widths)
-        return Hybrid(small, reports, (), nodes)
+        small, nodes, report = self._without_nodes(widths)
+        return Hybrid(small, report(small), (), nodes)
 
     def _ranks(self, keep: float) -> Hybrid:
         made, layers = self.fitted.make(keep)
@@ -245,14 +249,15 @@ class HybridNetworks:
 
     def _without_nodes(
         self, widths: dict[str, int]
-    ) -> tuple[nn.Module, tuple[GroupReport, ...], dict[str, WeightedNodes]]:
+    ) -> tuple[nn.Module, dict[str, WeightedNodes], Callable[[nn.Module], tuple[GroupReport, ...]]]:
+        """Return the network at some widths, its nodes, and what reports on the groups once the ranks are settled."""
         generator = np.random.default_rng(self.settings.seed)
         settings = replace(self.settings, keep=None, widths=widths)
         context = replace(self.context, settings=settings, generator=generator)
         plan = Allocation(widths, self._lams())
         work, nodes, seconds = prune_groups(context, plan)
         small = cut_network(context, work, nodes)
-        return small, group_reports(context, plan, nodes, small, seconds), nodes
+        return small, nodes, lambda made: group_reports(context, plan, nodes, made, seconds)
 
     def _fitted(self, start: Start) -> FittedNetworks:
         settings = self.settings

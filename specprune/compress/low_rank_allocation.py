@@ -63,11 +63,11 @@ class Option:
 
 @dataclass(frozen=True)
 class Frontier:
-    """The choices of a layer that no other one beats in cost and score; the last is the layer as it is.
+    """The choices of a layer that no other one beats in cost and score; the last is always the layer as it is.
 
     Args:
         costs: (n,) costs, rising.
-        scores: (n,) scores, falling to 0.
+        scores: (n,) scores, falling to 0; the one before the last may be 0, too.
         cuts: n choices; None is the layer as it is.
     """
 
@@ -78,7 +78,7 @@ class Frontier:
     @classmethod
     def of(cls, options: Iterable[Option], dense: int) -> Frontier:
         """Return the frontier of some options and of the layer as it is, with its `dense` cost and score 0."""
-        choices: list[tuple[int, float, Cut | None]] = [(dense, 0.0, None)]
+        choices: list[tuple[int, float, Cut | None]] = []
         for option in options:
             choices += [
                 (rank * option.unit, float(score), option.cut(rank))
@@ -88,6 +88,7 @@ class Frontier:
         for choice in sorted(choices, key=lambda choice: choice[:2]):  # equal ones keep the order of the options
             if not best or choice[1] < best[-1][1]:
                 best.append(choice)
+        best.append((dense, 0.0, None))
         costs, scores, cuts = zip(*best, strict=True)
         return cls(np.array(costs), np.array(scores), cuts)
 

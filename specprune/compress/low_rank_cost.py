@@ -24,12 +24,12 @@ class LayerCost:
     Args:
         spectra: of the layer.
         runs: multiply-adds a weight in one sample, times two: FLOPs are counted; None counts weights.
-        growth: input size over output size along each kernel axis.
+        maps: (input sizes, output sizes) along the kernel axes, of each call of a convolution.
     """
 
     spectra: LayerSpectra
     runs: int | None = None
-    growth: tuple[float, ...] = ()
+    maps: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
 
     @property
     def dense(self) -> int:
@@ -49,8 +49,13 @@ class LayerCost:
             return self.spectra.rank_parameters(folding, slices)
         rows, columns = self.spectra.folded_shape(folding)
         inside = self.spectra.first_axes(folding)
-        more = math.prod(factor for axis, factor in enumerate(self.growth) if axis not in inside)
-        return round(self.runs * (columns * more + slices * rows))
+        first = sum(
+            math.prod(after[axis] if axis in inside else before[axis] for axis in range(len(after)))
+            for before, after in self.maps
+        )
+        second = sum(math.prod(after) for _, after in self.maps)
+        more = first / second if second else 1.0
+        return math.ceil(self.runs * (columns * more + slices * rows) - 1e-6)
 
 
 def layer_costs(
@@ -66,21 +71,23 @@ def layer_costs(
     """
     if flops is None or data is None:
         return [LayerCost(layer) for layer in spectra]
-    growth = _growth(model, [layer.name for layer in spectra], data)
+    maps = _maps(model, [layer.name for layer in spectra], data)
     return [
-        LayerCost(layer, flops[layer.name] // layer.dense_parameters, growth.get(layer.name, ())) for layer in spectra
+        LayerCost(layer, flops[layer.name] // layer.dense_parameters, tuple(maps.get(layer.name, ())))
+        for layer in spectra
     ]
 
 
 @torch.no_grad()
-def _growth(model: nn.Module, names: Sequence[str], data: CalibrationData) -> dict[str, tuple[float, ...]]:
-    """Return input size over output size along each axis of the convolutions among some layers."""
-    found: dict[str, tuple[float, ...]] = {}
+def _maps(
+    model: nn.Module, names: Sequence[str], data: CalibrationData
+) -> dict[str, list[tuple[tuple[int, ...], tuple[int, ...]]]]:
+    """Return the sizes of the inputs and outputs of every call of the convolutions among some layers."""
+    found: dict[str, list[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
 
     def note(name: str, args: tuple[Any, ...], keywords: dict[str, Any], output: Tensor) -> None:
         inputs = args[0] if args else keywords["input"]
-        sizes = zip(inputs.shape[-2:], output.shape[-2:], strict=True)
-        found[name] = tuple(before / after for before, after in sizes)
+        found.setdefault(name, []).append((tuple(inputs.shape[-2:]), tuple(output.shape[-2:])))
 
     handles = [
         model.get_submodule(name).register_forward_hook(

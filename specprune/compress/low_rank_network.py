@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import logging
 import time
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from specprune._records import format_table, to_json
@@ -28,6 +30,9 @@ from specprune.compress.low_rank_layers import LayerSpectra, parameters_after, r
 from specprune.compress.low_rank_parts import Factorable, refusal
 from specprune.compress.moments import LayerMoments, collect_moments
 from specprune.compress.surgery import Skipped
+from specprune.compress.tracing import small_batch
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -187,7 +192,7 @@ def low_rank(
         moments = collect_moments(model, data, level="patch")
     flops = _flops(model, data) if measure == "flops" else None
     work = copy.deepcopy(model)
-    names, skipped = replaceable_layers(work, moments if rule.data else flops)
+    names, skipped = replaceable_layers(work, moments if rule.data else flops, data)
     spectra = [
         LayerSpectra(
             name,
@@ -210,7 +215,7 @@ def low_rank(
     frontiers = [Frontier.of(own, size) for own, size in zip(options, dense, strict=True)]
     before = count_params(model)
     whole = before if flops is None else sum(flops.values())
-    budget = rank_budget(frontiers, keep, whole, f"{measure}, method={method!r}")
+    budget = rank_budget(frontiers, keep, whole, f"{measure}, method={method!r}", skipped)
     if rule.search:
         cuts = alternating_cuts(options, dense, budget, seed=seed)
     else:
@@ -229,7 +234,7 @@ def low_rank(
     return LowRank(work, tuple(entries), tuple(skipped), settings, before, count_params(work), seconds)
 
 
-def rank_budget(frontiers: Sequence[Frontier], keep: float, whole: int, label: str) -> int:
+def rank_budget(frontiers: Sequence[Frontier], keep: float, whole: int, label: str, skipped: Sequence[Skipped]) -> int:
     """Return what the layers may cost together, so that the whole network costs `keep` of what it did.
 
     Args:
@@ -237,6 +242,7 @@ def rank_budget(frontiers: Sequence[Frontier], keep: float, whole: int, label: s
         keep: the fraction.
         whole: cost of the whole network.
         label: what messages say of the cost.
+        skipped: layers that stay as they are.
 
     Raises:
         ValueError: with rank 1 everywhere the network still costs more.
@@ -245,6 +251,9 @@ def rank_budget(frontiers: Sequence[Frontier], keep: float, whole: int, label: s
     smallest = fixed + sum(int(frontier.costs[0]) for frontier in frontiers)
     budget = int(keep * whole * (1 + 1e-12))  # 0.3 * 10 is a little less than 3
     if smallest > budget:
+        if not frontiers:
+            listed = "".join(f"\n  {entry.name}: {entry.reason}" for entry in skipped) or " there are no such layers"
+            raise ValueError(f"keep={keep:g}: no layer can become low-rank:{listed}")
         raise ValueError(
             f"keep={keep:g} allows {budget} of {whole} ({label}), but {smallest} are left with rank 1 everywhere: use "
             f"keep >= {smallest / whole:.6f}"
@@ -258,12 +267,15 @@ def _flops(model: nn.Module, data: CalibrationData | None) -> dict[str, int]:
     return module_flops(model, data)
 
 
-def replaceable_layers(model: nn.Module, ran: Container[str] | None) -> tuple[list[str], list[Skipped]]:
+def replaceable_layers(
+    model: nn.Module, ran: Container[str] | None, data: CalibrationData | None
+) -> tuple[list[str], list[Skipped]]:
     """Return the layers that can be replaced, and those that cannot with the reason.
 
     Args:
         model: the network.
         ran: the layers that run; None if nobody knows.
+        data: calibration data to try it on, if there are any.
     """
     names = list(model.named_modules(remove_duplicate=False))
     places = Counter(id(module) for _, module in names)
@@ -287,7 +299,25 @@ def replaceable_layers(model: nn.Module, ran: Container[str] | None) -> tuple[li
             skipped.append(Skipped(name, reason))
         else:
             found.append(name)
-    return found, skipped
+    if data is None or _runs_wrapped(model, found, data):
+        return found, skipped
+    read_elsewhere = [name for name in found if not _runs_wrapped(model, [name], data)]
+    skipped += [Skipped(name, "the network reads more of it than its outputs") for name in read_elsewhere]
+    return [name for name in found if name not in read_elsewhere], skipped
+
+
+@torch.no_grad()
+def _runs_wrapped(model: nn.Module, names: Sequence[str], data: CalibrationData) -> bool:
+    """Return whether the network runs when some layers are inside another module, as they will be."""
+    work = copy.deepcopy(model).eval()
+    for name in names:
+        work = replace_layer(work, name, nn.Sequential(work.get_submodule(name)))
+    try:
+        data.call(work, small_batch(data.first()))
+    except AttributeError:
+        logger.debug("the network does not run with %s replaced", names, exc_info=True)
+        return False
+    return True
 
 
 def _report(layer: LayerSpectra, cut: Cut | None) -> LowRankLayer:

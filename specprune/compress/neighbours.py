@@ -95,7 +95,8 @@ def _maker(model: nn.Module, data: CalibrationData, settings: Settings) -> Calla
 
         def hybrid(keep: float) -> _Made:
             made = hybrids.make(keep)
-            return _Made(made.model, made.layers, hybrids.skipped, made.groups, hybrids.groups, made.nodes)
+            groups = tuple(group for group in hybrids.groups if group.name in made.nodes)
+            return _Made(made.model, made.layers, hybrids.skipped, made.groups, groups, made.nodes)
 
         return hybrid
     if method in SAMPLING_METHODS:

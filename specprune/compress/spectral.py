@@ -233,7 +233,7 @@ def group_reports(
     flops = module_flops(original, context.data), module_flops(small, context.data)
     rows = []
     for group in context.structure.groups:
-        own = [sum(counts.get(part.module, 0) for part in group.producers) for counts in flops]
+        own = [sum(_flops_of(counts, part.module) for part in group.producers) for counts in flops]
         rows.append(
             _group_report(
                 group,
@@ -246,6 +246,11 @@ def group_reports(
             )
         )
     return tuple(rows)
+
+
+def _flops_of(counts: Mapping[str, int], name: str) -> int:
+    """Return the FLOPs of a layer, or of the low-rank parts that have taken its place."""
+    return sum(flops for module, flops in counts.items() if module == name or module.startswith(f"{name}."))
 
 
 def _group_report(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specprune.compress.batches import CalibrationData, fingerprint
+from specprune.compress.batches import CalibrationData, batch_size, fingerprint
 from specprune.compress.capture import Seen, capture
 from specprune.compress.layers import Positions, get_layer
 
@@ -68,16 +68,18 @@ class Targets:
         self._generators = {
             name: torch.Generator().manual_seed(seed + index) for index, name in enumerate(self.consumers)
         }
-        self._kept: dict[float, dict[str, tuple[Positions, Tensor]]] = {}
+        self._kept: dict[tuple[float, int], dict[str, tuple[Positions, Tensor]]] = {}
+        # What is drawn once stays, so that a budget does not depend on those that were tried before.
+        self._drawn: dict[tuple[float, int, str], Positions] = {}
         self._bytes = 0
 
     @torch.no_grad()
     def of(self, batch: Any, names: Sequence[str]) -> dict[str, tuple[Positions, Tensor]]:
         """Return the drawn positions and the (rows, outputs) targets of some consumers on a batch."""
-        key = fingerprint(batch)
+        key = fingerprint(batch), batch_size(batch)
         if key in self._kept:
             return self._kept[key]
-        found = self._compute(batch, self.consumers if self._bytes < CACHE_BYTES else names)
+        found = self._compute(batch, key, self.consumers if self._bytes < CACHE_BYTES else names)
         size = sum(target.numel() * target.element_size() for _, target in found.values())
         if len(found) == len(self.consumers) and self._bytes + size <= CACHE_BYTES:
             self._kept[key] = found
@@ -86,15 +88,18 @@ class Targets:
             self._bytes = CACHE_BYTES  # full: from now on only what is asked for is computed
         return found
 
-    def _compute(self, batch: Any, names: Sequence[str]) -> dict[str, tuple[Positions, Tensor]]:
+    def _compute(self, batch: Any, key: tuple[float, int], names: Sequence[str]) -> dict[str, tuple[Positions, Tensor]]:
         norms = {name: self.norms[name] for name in names if name in self.norms}
         closing = [name for name in names if name in self.closers]
         seen = capture(self.original, names, self.data, batch, norms=norms, closers=closing)
-        return {name: self._target(name, seen[name]) for name in names}
+        return {name: self._target(name, key, seen[name]) for name in names}
 
-    def _target(self, name: str, seen: Seen) -> tuple[Positions, Tensor]:
+    def _target(self, name: str, key: tuple[float, int], seen: Seen) -> tuple[Positions, Tensor]:
         layer = get_layer(self.original, name)
-        drawn = Positions.draw(layer, seen.inputs, self.positions, self._generators[name])
+        place = (*key, name)
+        if place not in self._drawn:
+            self._drawn[place] = Positions.draw(layer, seen.inputs, self.positions, self._generators[name])
+        drawn = self._drawn[place]
         target = drawn.rows(layer, seen.outputs)
         if seen.shortcut is not None and name in self.closers:
             gain = inverse_gain(self.original, self.norms.get(name), target)

@@ -112,7 +112,9 @@ def trace(work: nn.Module, data: CalibrationData, batch: Any) -> Trace:
             runs[name] = runs.get(name, 0) + 1
             if args and id(args[0]) in outputs:
                 source, tensor, version = outputs[id(args[0])]
-                if _version(tensor) == version:
+                # A norm over the tokens of a Linear is not one over its outputs.
+                aligned = tensor.dim() == 2 or not isinstance(work.get_submodule(source), nn.Linear)
+                if _version(tensor) == version and aligned:
                     direct[source] = name
 
         if isinstance(module, NORMS):
