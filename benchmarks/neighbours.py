@@ -122,7 +122,7 @@ def summary(records: list[dict[str, Any]], ours: str) -> list[dict[str, Any]]:
     rows = []
     for (task, keep, method), own in sorted(groups.items(), key=lambda item: (item[0][0], -item[0][1], item[0][2])):
         best = groups.get((task, keep, ours), {})
-        row: dict[str, Any] = {"task": task, "keep": keep, "method": method, "seeds": len(own)}
+        row: dict[str, Any] = {"task": task, "keep": keep, "method": method}
         for field in ("params", "flops", "density", "promised", "measured", "seconds", "kl"):
             values = [record[field] for record in own.values() if record[field] is not None]
             row[field] = mean(values) if values else None
@@ -132,6 +132,7 @@ def summary(records: list[dict[str, Any]], ours: str) -> list[dict[str, Any]]:
             if not values:
                 continue
             row[field] = mean(values.values())
+            row[f"{prefix}seeds"] = len(values)
             row[f"{prefix}drop"] = mean(100 * own[seed]["full_accuracy"] - value for seed, value in values.items())
             pairs = [100 * best[seed][field] - value for seed, value in values.items() if field in best.get(seed, {})]
             if method != ours and len(pairs) > 1:
