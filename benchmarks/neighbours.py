@@ -10,17 +10,14 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
-import platform
 import time
-from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import torch
 from networks import REPORT_SEEDS, TASKS
-from pruning_quality import append_record, fine_tune, full_accuracy, make_case, measure, read_records
+from pruning_quality import append_record, fine_tune, full_accuracy, make_case, measure, read_records, where_run
 from scipy import stats
 
 from specprune._files import write_text
@@ -170,16 +167,7 @@ def main() -> None:
     records = [record for path in (options.file, *options.add) for record in read_records(path)]
     rows = summary(list({_key(record): record for record in records}.values()), options.ours)
     payload = {
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("specprune", "torch", "numpy", "scipy")},
-        },
-        "device": {
-            "machine": platform.machine(),
-            "cpus": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-        },
+        **where_run("specprune", "torch", "numpy", "scipy"),
         "calibration": options.calibration,
         "tune_images": options.tune_images,
         "ours": options.ours,

@@ -312,21 +312,25 @@ def run_all(options: argparse.Namespace) -> None:
                     print(f"{task} seed {seed} keep {keep:g} {method}: {shown}", flush=True)
 
 
-def conclude(options: argparse.Namespace) -> None:
-    records = [record for path in [options.results, *options.add] for record in read_records(path)]
-    records = list({key_of(record): record for record in records if record["part"] == options.part}.values())
-    payload: dict[str, Any] = {
-        "part": options.part,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("specprune", "torch", "torch-pruning", "numpy", "scipy")},
-        },
+def where_run(*packages: str) -> dict[str, Any]:
+    """Return the versions of some packages and the device, for the records."""
+    return {
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "device": {
             "machine": platform.machine(),
             "cpus": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         },
+    }
+
+
+def conclude(options: argparse.Namespace) -> None:
+    records = [record for path in [options.results, *options.add] for record in read_records(path)]
+    records = list({key_of(record): record for record in records if record["part"] == options.part}.values())
+    payload: dict[str, Any] = {
+        "part": options.part,
+        **where_run("specprune", "torch", "torch-pruning", "numpy", "scipy"),
         "seeds": sorted({record["seed"] for record in records}),
         "calibration": options.calibration,
     }
