@@ -201,6 +201,18 @@ def build_parser() -> argparse.ArgumentParser:
     figures.add_argument("names", nargs="*", type=_figure, help="which figures; by default all")
     _add_problem(figures)
     _add_common(figures)
+
+    report = _command(
+        commands,
+        "report",
+        "one HTML page about a network: spectra with a slider for lambda, trade-off, bounds, pruning",
+        "specprune report --weights results/mnist-mlp-300-1000-300-0.npz --out results",
+    )
+    _add_problem(report)
+    _add_pruning(report, keep=0.3)
+    _add_delta(report)
+    report.add_argument("--no-tradeoff", action="store_true", help="leave out the trade-off curve, which takes longest")
+    _add_common(report)
     return parser
 
 

@@ -29,6 +29,7 @@ from specprune.analysis.evaluation import collect_logits, error_rate
 from specprune.analysis.posterior import Posterior, train_posterior
 from specprune.analysis.trends import bound_trends
 from specprune.compress import CalibrationData, Pruned
+from specprune.compress.batches import batch_size
 from specprune.testbed import (
     Dataset,
     TrainedNetwork,
@@ -359,6 +360,75 @@ def run_figures(options: argparse.Namespace) -> None:
     print(to_json(paths) if options.json else "\n".join(str(path) for path in paths))
 
 
+def run_report(options: argparse.Namespace) -> None:
+    """Write one HTML page about a network: spectra with a slider for lambda, trade-off, bounds, pruning."""
+    from specprune.figures import (
+        ReportData,
+        network_facts,
+        prunable_nodes,
+        write_report,
+    )  # draws; the others do without
+
+    problem = _problem(options)
+    model, batches = problem.model, problem.calibration(options.calibration)
+    radius = options.input_radius or problem.input_radius
+    notes: list[str] = []
+
+    def attempt(what: str, compute: Callable[[], Any]) -> Any:
+        """Return a part of the page, or note there why it is missing."""
+        try:
+            return compute()
+        except ValueError as reason:
+            notes.append(f"No {what}: {reason}")
+            return None
+
+    facts = {**network_facts(model, batches), **_report_facts(options, problem)}
+    spectra = specprune.layer_spectra(model, batches)
+    nodes = attempt("nodes to prune", lambda: prunable_nodes(model, batches, options.seed))
+    pruned = attempt("pruning", lambda: _prune(options, problem))
+    common = {"delta": options.delta, "input_radius": radius, "seed": options.seed}
+    bounds = attempt(
+        "bounds",
+        lambda: specprune.bound_table(model, problem.train, pruned, problem.test, reference=problem.initial, **common),
+    )
+    curve = None
+    if options.no_tradeoff:
+        notes.append("No trade-off curve: left out with --no-tradeoff")
+    else:
+        curve = attempt(
+            "trade-off curve",
+            lambda: specprune.tradeoff(model, problem.train, problem.test, calibration=batches, **common),
+        )
+    data = ReportData(
+        title=problem.label,
+        facts=facts,
+        spectra=spectra,
+        nodes=nodes,
+        tradeoff=curve,
+        bounds=bounds,
+        prune=None if pruned is None else pruned.report,
+        notes=tuple(notes),
+    )
+    _show(options, "report", data)
+    write_report(data, options.out / "report.html")
+    _say(options, f"[{options.out / 'report.html'}]")
+
+
+def _report_facts(options: argparse.Namespace, problem: Problem) -> dict[str, str]:
+    """Return what is known of the data, the errors and the run, as text for the head of the page."""
+    facts = {"data": str(options.data or (problem.recipe and problem.recipe.data))}
+    for name, batches in (("training", problem.train), ("test", problem.test)):
+        if batches is None:
+            continue
+        data = CalibrationData(batches)
+        facts[f"{name} samples"] = str(sum(batch_size(batch) for batch in batches))
+        error = classifier_error(problem.model, data)
+        facts[f"{name} error"] = "not known: no labels" if error is None else f"{error:.2%}"
+    facts["seed"] = str(options.seed)
+    facts["versions"] = f"specprune {specprune.__version__}, torch {torch.__version__}, numpy {np.__version__}"
+    return facts
+
+
 def _prune(options: argparse.Namespace, problem: Problem, latency: bool = False) -> Pruned:
     return specprune.prune(
         problem.model,
@@ -401,4 +471,5 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "verify": run_verify,
     "double-descent": run_double_descent,
     "figures": run_figures,
+    "report": run_report,
 }
