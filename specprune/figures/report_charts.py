@@ -24,6 +24,7 @@ _MARKER = {
     "*": "M0 -7L1.8 -2.4L6.7 -2.2L2.9 0.9L4.1 5.7L0 3L-4.1 5.7L-2.9 0.9L-6.7 -2.2L-1.8 -2.4z",
 }
 _DASHES = ("", "6 3", "8 3 2 3", "6 2 2 2 2 2")
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _MARKERS_A_LINE = 9
 _APART = 0.5  # of a unit of the drawing, less than a pixel
 
@@ -64,7 +65,7 @@ class Axis:
     def ticks(self) -> list[float]:
         """Return about five round values inside the axis."""
         if not self.log:
-            raw = (self.high - self.low) / 5
+            raw = (self.high - self.low) / 7
             power = 10.0 ** math.floor(math.log10(raw))
             step = next(power * factor for factor in (1, 2, 5, 10) if raw <= power * factor * (1 + 1e-9))
             first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
@@ -79,7 +80,12 @@ class Axis:
 
     def text(self, value: float) -> str:
         """Return a tick's label."""
-        return f"{100 * value:.4g}" if self.percent else f"{value:.4g}"
+        if self.percent:
+            return f"{100 * value:.4g}"
+        power = round(math.log10(value)) if self.log else 0
+        if not -3 < power < 4:
+            return "10" + str(power).translate(_SUPERSCRIPTS)
+        return f"{value:.4g}"
 
 
 @dataclass(frozen=True)

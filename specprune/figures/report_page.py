@@ -126,8 +126,10 @@ def table(name: str, caption: str, columns: Sequence[Column], records: Sequence[
         for place, column in enumerate(columns):
             value = record.get(column.key)
             shown = _text(format_value(list(value.values()) if isinstance(value, Mapping) else value))
-            if column.vacuous is not None and record.get(column.vacuous):
+            if column.vacuous is not None and record[column.vacuous]:
                 shown = f'<span class="vacuous">{shown} <small>vacuous</small></span>'
+            elif column.vacuous is not None and shown == "1":  # rounded: it says something, if next to nothing
+                shown = f"1 − {1 - value:.1g}"
             moves = f' data-cell="{column.key}"' if column.moves else ""
             tag, scope = ("th", ' scope="row"') if place == 0 else ("td", "")
             cells.append(f'<{tag}{scope} class="{kinds[column.key]}"{moves}>{shown}</{tag}>')
@@ -135,7 +137,7 @@ def table(name: str, caption: str, columns: Sequence[Column], records: Sequence[
     meanings = "".join(f"<div><dt>{_text(c.heading)}</dt><dd>{_text(c.meaning)}</dd></div>" for c in columns)
     return (
         f'<div class="scroll" role="region" tabindex="0" aria-labelledby="{name}-caption"><table id="{name}">'
-        f'<caption id="{name}-caption">{_text(caption)}</caption>'
+        f'<caption id="{name}-caption"><span>{_text(caption)}</span></caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
         f'<details><summary>What the columns mean<span class="hidden">: {_text(caption)}</span></summary>'
         f'<dl class="meanings">{meanings}</dl></details>'
@@ -291,7 +293,7 @@ def _tradeoff_section(curve: Tradeoff) -> str:
     theorem_c = Chart(
         "theorem-c",
         "Theorem C: from margins",
-        "Against the FLOPs kept, on logarithmic axes: bias, variance and their sum with the other terms, the bound.",
+        "Against the FLOPs kept, on logarithmic axes: bias, variance and their sum with the other terms, the bound. A bias of 0 is not drawn.",
         across,
         Axis(min([0.5, *values]) / 2, 2 * max([1.0, *values]), "error rate", log=True),
         terms,
@@ -320,13 +322,15 @@ def _measured(role: str, label: str, x: Sequence[float], y: Sequence[float | Non
 
 def _bounds_section(bounds: BoundTable) -> str:
     records = bounds.to_records()
-    telling = sum(not record["vacuous"] for record in records)
+    telling = sum(record["hypotheses_hold"] and not record["vacuous"] for record in records)
+    broken = sum(not record["hypotheses_hold"] for record in records)
+    warning = f" {broken} rest on a broken hypothesis and promise nothing." if broken else ""
     return (
         _paragraphs(
             f"n = {bounds.samples} training samples; each bound holds by itself with probability "
             f"{1 - bounds.delta:g} over the draw of the training set, and whoever quotes the smallest of several owes "
-            f"a union bound. {telling} of {len(records)} say something; the others, marked <em>vacuous</em>, are at "
-            "1 or above, where an error rate always is."
+            f"a union bound. {telling} of {len(records)} say something; those marked <em>vacuous</em> are at 1 or "
+            f"above, which no error rate exceeds.{warning}"
         )
         + table("bound-table", "Bounds on the error rate, smallest first", BOUNDS, records)
         + (_list(bounds.notes) if bounds.notes else "")
