@@ -378,7 +378,7 @@ def run_report(options: argparse.Namespace) -> None:
         """Return a part of the page, or note there why it is missing."""
         try:
             return compute()
-        except ValueError as reason:
+        except (ValueError, TypeError) as reason:
             notes.append(f"No {what}: {reason}")
             return None
 

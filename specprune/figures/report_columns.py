@@ -12,14 +12,14 @@ class Column:
     Args:
         key: of the records.
         heading: above the column.
-        meaning: a line that explains it.
+        meaning: a line that explains it; empty if there is none.
         moves: whether the page computes it again when lambda moves.
         vacuous: the key that says whether the value is a bound that says nothing.
     """
 
     key: str
     heading: str
-    meaning: str
+    meaning: str = ""
     moves: bool = False
     vacuous: str | None = None
 
@@ -70,11 +70,13 @@ TRADEOFF = (
 
 BOUNDS = (
     Column("bound", "bound", "its name"),
-    Column("net", "network", "of which network it speaks"),
     Column("value", "value", "the bound on the error rate; 1 or more says nothing", vacuous="vacuous"),
+    Column("net", "network", "of which network it speaks"),
     Column("test_error", "test error", "measured, where there is a test set"),
     Column(
-        "hypotheses_hold", "hypotheses hold", "no: a condition of the theorem is broken, and the value promises nothing"
+        "hypotheses_hold",
+        "hypotheses hold",
+        "no: a condition of the theorem is broken or unproved, and the value promises nothing",
     ),
     Column("empirical", "empirical", "term: what is measured on the training set"),
     Column("bias", "bias", "term: what the compression changes"),

@@ -128,19 +128,24 @@ def table(name: str, caption: str, columns: Sequence[Column], records: Sequence[
             shown = _text(format_value(list(value.values()) if isinstance(value, Mapping) else value))
             if column.vacuous is not None and record[column.vacuous]:
                 shown = f'<span class="vacuous">{shown} <small>vacuous</small></span>'
-            elif column.vacuous is not None and shown == "1":  # rounded: it says something, if next to nothing
+            elif column.vacuous is not None and value is not None and shown == "1":  # rounded up from below
                 shown = f"1 − {1 - value:.1g}"
             moves = f' data-cell="{column.key}"' if column.moves else ""
             tag, scope = ("th", ' scope="row"') if place == 0 else ("td", "")
             cells.append(f'<{tag}{scope} class="{kinds[column.key]}"{moves}>{shown}</{tag}>')
         rows.append(f"<tr>{''.join(cells)}</tr>")
-    meanings = "".join(f"<div><dt>{_text(c.heading)}</dt><dd>{_text(c.meaning)}</dd></div>" for c in columns)
+    meanings = "".join(
+        f"<div><dt>{_text(c.heading)}</dt><dd>{_text(c.meaning)}</dd></div>" for c in columns if c.meaning
+    )
+    explained = (
+        f'<details><summary>What the columns mean<span class="hidden">: {_text(caption)}</span></summary>'
+        f'<dl class="meanings">{meanings}</dl></details>'
+    )
     return (
         f'<div class="scroll" role="region" tabindex="0" aria-labelledby="{name}-caption"><table id="{name}">'
         f'<caption id="{name}-caption"><span>{_text(caption)}</span></caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-        f'<details><summary>What the columns mean<span class="hidden">: {_text(caption)}</span></summary>'
-        f'<dl class="meanings">{meanings}</dl></details>'
+        f"{explained if meanings else ''}"
     )
 
 
@@ -187,7 +192,7 @@ def _slider(data: ReportData) -> str:
         )
     return (
         '<div class="slider"><div id="control" hidden><label for="lambda">λ, as a share of the trace</label>'
-        f'<input type="range" id="lambda" min="0" max="{len(LAMBDAS) - 1}" step="1" value="{START}" '
+        f'<input type="range" id="lambda" autocomplete="off" min="0" max="{len(LAMBDAS) - 1}" step="1" value="{START}" '
         f'aria-valuetext="{LAMBDAS[START]:.4g}"></div>'
         f'<p id="now">λ = <b id="now-lambda">{format_value(LAMBDAS[START])}</b>{costs}.</p>'
         '<p id="said" class="hidden" role="status" aria-live="polite"></p></div>'
@@ -293,7 +298,8 @@ def _tradeoff_section(curve: Tradeoff) -> str:
     theorem_c = Chart(
         "theorem-c",
         "Theorem C: from margins",
-        "Against the FLOPs kept, on logarithmic axes: bias, variance and their sum with the other terms, the bound. A bias of 0 is not drawn.",
+        "Against the FLOPs kept, on logarithmic axes: bias, variance and their sum with the other terms, the bound. "
+        "A bias of 0 is not drawn.",
         across,
         Axis(min([0.5, *values]) / 2, 2 * max([1.0, *values]), "error rate", log=True),
         terms,
@@ -324,7 +330,13 @@ def _bounds_section(bounds: BoundTable) -> str:
     records = bounds.to_records()
     telling = sum(record["hypotheses_hold"] and not record["vacuous"] for record in records)
     broken = sum(not record["hypotheses_hold"] for record in records)
-    warning = f" {broken} rest on a broken hypothesis and promise nothing." if broken else ""
+    warning = f" {broken} rest on a condition that is broken or unproved, and promise nothing." if broken else ""
+    unmet = [
+        f"{bound.name} [{net}]: {item.statement}"
+        for net, bound in bounds.bounds
+        for item in bound.hypotheses
+        if not item.holds
+    ]
     return (
         _paragraphs(
             f"n = {bounds.samples} training samples; each bound holds by itself with probability "
@@ -333,6 +345,7 @@ def _bounds_section(bounds: BoundTable) -> str:
             f"above, which no error rate exceeds.{warning}"
         )
         + table("bound-table", "Bounds on the error rate, smallest first", BOUNDS, records)
+        + (f"<p>Conditions that are broken or unproved:</p>{_list(unmet)}" if unmet else "")
         + (_list(bounds.notes) if bounds.notes else "")
     )
 
@@ -362,7 +375,7 @@ def _prune_section(report: PruneReport, bounds: BoundTable | None) -> str:
         parts.append(table("groups", "What happened to each group of nodes", GROUPS, records[: len(report.groups)]))
     if report.layers:
         others = records[len(report.groups) :]
-        columns = [Column(name, name.replace("_", " "), "see the report of pruning") for name in others[0]]
+        columns = [Column(name, name.replace("_", " ")) for name in others[0]]
         parts.append(table("ranks", "What happened to each layer", columns, others))
     if report.skipped:
         parts.append("<p>Left whole:</p>" + _list([f"{entry.name}: {entry.reason}" for entry in report.skipped]))
