@@ -343,7 +343,7 @@ def test_every_part_has_a_name_for_screen_readers(page):
     assert len(drawings) == 5
     for own in drawings:
         assert own["role"] == "img"
-        for name in own["aria-labelledby"].split():
+        for name in (own["aria-labelledby"], own["aria-describedby"]):
             assert page.by_id(name)[1].strip()
     for own, _ in page.all("div", **{"class": "scroll"}):
         assert (own["role"], own["tabindex"]) == ("region", "0")

@@ -145,13 +145,15 @@ class Chart:
         if self.reference is not None:
             legend += f"<li>{_key('reference')}<span>{escape(self.reference[1])}</span></li>"
         return (
-            f'<figure class="chart"><figcaption>{escape(self.title)}</figcaption>'
+            f'<figure class="chart" aria-labelledby="{self.name}-caption">'
+            f'<figcaption id="{self.name}-caption">{escape(self.title)}</figcaption>'
             f'<ul class="legend">{legend}</ul>{self._drawing()}</figure>'
         )
 
     def _drawing(self) -> str:
         parts = [
-            f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-labelledby="{self.name}-title {self.name}-text">',
+            f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-labelledby="{self.name}-title" '
+            f'aria-describedby="{self.name}-text">',
             f'<title id="{self.name}-title">{escape(self.title)}</title>',
             f'<desc id="{self.name}-text">{escape(self.description)}</desc>',
             f'<clipPath id="{self.name}-inside"><rect x="{_LEFT}" y="{_TOP}" width="{WIDTH - _LEFT - _RIGHT}" '

@@ -27,9 +27,9 @@ class Column:
 LAYERS = (
     Column("layer", "layer", "the layer that reads the nodes"),
     Column("width", "width m", "number of nodes that it reads (channels of a convolution)"),
-    Column("effective_rank", "effective rank", "exponential of the entropy of the eigenvalues' shares; free of λ"),
     Column("dof", "N(λ)", "degrees of freedom at the slider's λ times the trace", moves=True),
     Column("share", "N(λ) / m", "their share of the width", moves=True),
+    Column("effective_rank", "effective rank", "exponential of the entropy of the eigenvalues' shares; free of λ"),
     Column("beta", "β", "fitted power law: the j-th eigenvalue is about j to the power −1/β"),
     Column("fit_r2", "R² of the fit", "share of the variance of the logarithms that the power law explains"),
 )

@@ -256,8 +256,8 @@ def _tradeoff_section(curve: Tradeoff) -> str:
     theorem_a = Chart(
         "theorem-a",
         "Theorem A: the pruned network, rounded to few bits",
-        "Against the FLOPs kept: the bias falls and the variance rises; the bound is at most their sum. The measured "
-        "test error of the same networks lies below the bound.",
+        "Against the FLOPs kept: the bias falls and the variance rises; the bound is at most their sum. It is on the "
+        "true error of the same networks, whose measured test error is drawn beside it.",
         across,
         Axis(0, 1.08, "error rate"),
         (
