@@ -280,6 +280,15 @@ def test_vacuous_bounds_are_marked_and_no_others(data, page):
     assert any(margin.endswith("vacuous") for _, margin in points)
 
 
+def test_a_bound_just_below_1_does_not_read_as_1(data):
+    name, bound = data.bounds.bounds[0]
+    near = dataclasses.replace(bound, value=1 - 2e-6, terms={"empirical": 1.0}, trivial=1.0)
+    at = dataclasses.replace(near, value=1.0)
+    table = dataclasses.replace(data.bounds, bounds=((name, near), (name, at)))
+    shown = Page(report_html(dataclasses.replace(data, bounds=table)))
+    assert columns_of(shown, "bound-table", BOUNDS, ("value",)) == [["1 − 2e-06"], ["1 vacuous"]]
+
+
 def test_broken_hypotheses_are_said(data):
     name, bound = data.bounds.bounds[0]
     broken = dataclasses.replace(bound, hypotheses=(Hypothesis("c <= 4", 5.0, False),))
