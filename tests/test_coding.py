@@ -149,9 +149,9 @@ def test_folded_norms_are_paid_as_biases():
 
 def test_folded_networks_can_still_be_pruned_and_trained():
     net = with_statistics(vgg((4, 4), 3, 1))
-    folded = fold_batch_norms(net, CalibrationData([torch.rand(4, 1, 8, 8)]))
+    folded = fold_batch_norms(net, CalibrationData([torch.rand(4, 1, 8, 8, dtype=torch.float64)]))
     assert all(parameter.requires_grad for parameter in folded.parameters())
     for parameter in net.parameters():
         parameter.requires_grad_(False)
-    frozen = fold_batch_norms(net, CalibrationData([torch.rand(4, 1, 8, 8)]))
+    frozen = fold_batch_norms(net, CalibrationData([torch.rand(4, 1, 8, 8, dtype=torch.float64)]))
     assert not any(parameter.requires_grad for name, parameter in frozen.named_parameters() if "conv" in name)
