@@ -45,8 +45,7 @@ class FlatSigma(Record):
     Attributes:
         outcome: "found"; "never drops": the accuracy holds even at the upper end of the bracket, sigma* may be larger;
             "always drops": it does not hold even at the lower end, sigma* is smaller, or 0.
-        sigma: the largest sigma that was tried and held, with no broken one tried below; an end of the bracket if not
-            found.
+        sigma: the largest sigma tried that held; an end of the bracket if not found.
         broken: the smallest sigma tried above it, where the accuracy drops by more; None if none was tried.
         drop: mean drop of the accuracy at sigma.
         accuracy: training accuracy without noise.
@@ -83,7 +82,7 @@ def flat_sigma(
 
     Bisection of log sigma, with the same draws of the noise for every sigma.  It ends at a sigma whose drop lies in
     [drop - tolerance, drop], or where the bracket is within 1 %.  The accuracy need not fall steadily with sigma; the
-    answer is a place where it crosses.
+    answer is a place where it crosses.  More draws make the answer depend less on the seed.
 
     Args:
         model: a classifier; in any mode, evaluated in evaluation mode, left as it is.
@@ -95,8 +94,8 @@ def flat_sigma(
         tolerance: how much less than that ends the search; at least 0.
         draws: number of draws of the noise.
         bracket: smallest and largest sigma, above 0.
-        seed: of the draws, which are made on the CPU for all devices: row j of `torch.randn(draws, omega)` is draw j,
-            in the order of the parameters.
+        seed: of the draws: row j of `default_rng(seed).standard_normal((draws, omega), float32)` is draw j, in the
+            order of the parameters.
 
     Returns:
         The noise, and what was found: look at `outcome`.
@@ -115,14 +114,15 @@ def flat_sigma(
     low, high = (check_number("bracket", end, 0.0, open_low=True) for end in bracket)
     if low >= high:
         raise ValueError(f"bracket={bracket!r}: expected the smaller sigma first")
-    generator = torch.Generator().manual_seed(check_count("seed", seed, 0))
+    generator = np.random.default_rng(check_count("seed", seed, 0))  # not torch's, from which initial weights come
     work = _folded(model, inputs)
     if not list(work.parameters()):
         raise ValueError(f"{type(work).__name__} has no parameters to put noise on")
     n = len(targets)
     wrong = int((checked_logits(work, inputs, targets).argmax(1) != targets).sum())
     weights = parameters_to_vector(work.parameters())
-    noise = torch.randn(check_count("draws", draws), len(weights), generator=generator).to(weights)
+    shape = (check_count("draws", draws), len(weights))
+    noise = torch.from_numpy(generator.standard_normal(shape, dtype=np.float32)).to(weights)
     allowed = draws * (wrong + drop * n) * (1 + 1e-12)  # wrong answers over all draws; 0.1 is not exact
     enough = allowed - draws * tolerance * n
 
@@ -183,7 +183,9 @@ def magnitude_pacbayes_measure(
 ) -> float:
     """Return the size of a PAC-Bayes bound for noise aware of magnitudes: PACBAYES_MAG_INIT or PACBAYES_MAG_ORIG.
 
-    v = 1/4 sum_i ln [(epsilon^2 + (sigma^2 + 1) norm^2 / omega) / (epsilon^2 + sigma^2 moves_i^2)] + ln(m / sigma) + 10.
+    v = 1/4 sum_i ln [(epsilon^2 + (sigma^2 + 1) norm^2 / omega) / (epsilon^2 + sigma^2 moves_i^2)]
+        + ln(m / sigma) + 10.
+
     Higher should mean a larger gap; tables show sqrt(v / m).  INIT has v > 10 + ln(m / sigma), ORIG need not be
     positive.
 

@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -169,8 +170,8 @@ def prunability(
     if rule == "magnitude":
         orders = [magnitudes.argsort(descending=True, stable=True)]
     else:
-        generator = torch.Generator().manual_seed(check_count("seed", seed, 0))
-        orders = [torch.randperm(count, generator=generator) for _ in range(check_count("masks", masks))]
+        generator = np.random.default_rng(check_count("seed", seed, 0))  # not torch's, from which initial weights come
+        orders = [torch.from_numpy(generator.permutation(count)) for _ in range(check_count("masks", masks))]
     places = [_places(order.to(inputs.device), originals) for order in orders]
 
     def loss_at(kept: int) -> float:
