@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from specprune.compress.batches import CalibrationData, batch_targets
 from specprune.compress.layers import is_layer
 
+_CPU_ROWS, _DEVICE_ROWS = 512, 8192  # inputs run at a time: what suits caches, and what keeps an accelerator busy
+
 
 def double_copy(model: nn.Module) -> nn.Module:
     """Return a float64 copy of a network in evaluation mode, whose layers take inputs of every floating type.
@@ -129,3 +131,46 @@ def error_rate(logits: np.ndarray, targets: np.ndarray) -> float:
 def root_mean_square(values: np.ndarray) -> float:
     """Return sqrt of the mean over samples of the squared Euclidean norm of the rows, ||f||_n."""
     return float(np.sqrt(np.mean(np.sum(np.square(values), axis=1))))
+
+
+def run_in_parts(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Return the outputs of a network in evaluation mode on all inputs, run some hundreds at a time."""
+    rows = _CPU_ROWS if inputs.device.type == "cpu" else _DEVICE_ROWS
+    return torch.cat([model(part) for part in inputs.split(rows)])
+
+
+def checked_logits(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Return a classifier's logits on labelled tensors, after checking that everything fits.
+
+    Args:
+        model: in evaluation mode.
+        inputs: shape (n, ...), on the model's device.
+        targets: int64 class numbers, shape (n,), on the same device.
+
+    Returns:
+        Float64, shape (n, classes).
+
+    Raises:
+        TypeError: inputs or targets that are not tensors.
+        ValueError: shapes, types or devices that do not fit, targets that are no class numbers, or outputs that are
+            not finite logits.
+    """
+    for name, value in (("inputs", inputs), ("targets", targets)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} is a {type(value).__name__}; expected a torch.Tensor")
+    if inputs.ndim < 1 or len(inputs) == 0 or targets.shape != inputs.shape[:1] or targets.dtype != torch.int64:
+        raise ValueError(
+            f"inputs of shape {tuple(inputs.shape)}, targets of shape {tuple(targets.shape)} and {targets.dtype}: "
+            "expected (n, ...) and int64 of shape (n,), n at least 1"
+        )
+    devices = {str(value.device) for value in (inputs, targets, *model.parameters())}
+    if len(devices) > 1:
+        raise ValueError(f"model, inputs and targets lie on the devices {sorted(devices)}; move them to one")
+    with torch.no_grad():
+        outputs = run_in_parts(model, inputs)
+    if not isinstance(outputs, Tensor) or outputs.shape[:1] != targets.shape:
+        raise ValueError(
+            f"the network returns shape {tuple(outputs.shape)} for {len(inputs)} inputs; expected a row each"
+        )
+    _checked(outputs.double().cpu().numpy(), targets.cpu().numpy())
+    return outputs.double()
