@@ -328,3 +328,96 @@ def test_tables_have_the_sign_that_predicts_the_gap() -> None:
     assert list(table.hyperparameters) == ["width"]
     with pytest.raises(ValueError, match="network 1"):
         measure_table([{"width": 8}, {"width": 16}], [{"params": 1.0}, {"l2": 2.0}], [0.1, 0.2])
+
+
+def trained(widths: tuple[int, ...] = (6, 24, 3), seed: int = 0) -> MeasuredNetwork:
+    """A network trained on labels of a linear rule, so that it bears some noise."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.rand(200, widths[0], generator=generator) - 0.5
+    targets = (inputs @ torch.randn(widths[0], widths[-1], generator=generator)).argmax(1)
+    model = mlp(*widths, seed=seed)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(300):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(inputs), targets).backward()
+        optimizer.step()
+    return MeasuredNetwork(
+        model, inputs, targets, start=mlp(*widths, seed=seed), population=(inputs[:50] + 0.01, targets[:50])
+    )
+
+
+def test_noise_measures_are_their_formulas_at_the_noise_found() -> None:
+    net = trained()
+    w = np.concatenate([p.detach().double().flatten().numpy() for p in net.model.parameters()])
+    v = np.concatenate([p.detach().double().flatten().numpy() for p in net.start.parameters()])
+    m, sigma, rel, eps = 200, net.sigma, net.relative_sigma, 1e-3
+    assert 0 < sigma < 2
+    assert 0 < rel < 2
+    tail = 10 + math.log(m / sigma)
+    assert value("pacbayes_init", net) == pytest.approx(math.sqrt(((w - v) @ (w - v) / (4 * sigma**2) + tail) / m))
+    assert value("pacbayes_orig", net) == pytest.approx(math.sqrt((w @ w / (4 * sigma**2) + tail) / m))
+    assert value("pacbayes_flatness", net) == pytest.approx(1 / sigma / math.sqrt(m))
+    assert value("pacbayes_mag_flatness", net) == pytest.approx(1 / rel / math.sqrt(m))
+    for name, length in (("pacbayes_mag_init", (w - v) @ (w - v)), ("pacbayes_mag_orig", w @ w)):
+        total = 10 + math.log(m / rel)
+        for own, start in zip(w, v, strict=True):
+            top = eps**2 + (rel**2 + 1) * length / len(w)
+            total += 0.25 * math.log(top / (eps**2 + rel**2 * (own - start) ** 2))
+        wanted = total / m if name == "pacbayes_mag_orig" else math.sqrt(total / m)
+        assert value(name, net) == pytest.approx(wanted, rel=1e-9)
+
+
+def test_noise_found_costs_a_tenth_of_the_accuracy() -> None:
+    net = trained()
+    generator = torch.Generator().manual_seed(5)
+
+    def drop(sigma: float, relative: bool) -> float:
+        right = []
+        for _ in range(200):
+            work = copy.deepcopy(net.model)
+            with torch.no_grad():
+                for p in work.parameters():
+                    std = (sigma**2 * p**2 + 1e-6).sqrt() if relative else torch.full_like(p, sigma)
+                    p.add_(std * torch.randn(p.shape, generator=generator))
+                right.append(float((work(net.inputs).argmax(1) == net.targets).double().mean()))
+        return 1 - net.train_error - float(np.mean(right))
+
+    assert drop(net.sigma, False) == pytest.approx(0.1, abs=0.06)
+    assert drop(net.relative_sigma, True) == pytest.approx(0.1, abs=0.06)
+
+
+def test_prunability_measures_hold_their_tolerance() -> None:
+    net = trained()
+    loss = nn.functional.cross_entropy(net.model(net.inputs), net.targets).item()
+    names = ("prunability", "prunability_relative", "prunability_random", "prunability_random_relative")
+    found = {name: value(name, net) for name in (*names, "spectral_prunability")}
+    assert all(0 < share <= 1 for share in found.values())
+    assert found["prunability"] <= found["prunability_random"]
+    weights = torch.cat([net.model[1].weight.flatten(), net.model[3].weight.flatten()]).detach()
+    count = round(found["prunability"] * len(weights))
+    threshold = weights.abs().sort(descending=True).values[count - 1]
+    work = copy.deepcopy(net.model)
+    with torch.no_grad():
+        for layer in (work[1], work[3]):
+            layer.weight.mul_(layer.weight.abs() >= threshold)
+    assert nn.functional.cross_entropy(work(net.inputs), net.targets).item() <= loss + 0.1 + 1e-6
+    assert value("prunability_weights", net) == pytest.approx(math.sqrt(found["prunability"] * len(weights) / 200))
+    wanted = math.sqrt(found["spectral_prunability"] * (6 * 24 + 24 * 3) / 200)
+    assert value("spectral_prunability_weights", net) == pytest.approx(wanted)
+
+
+def test_measures_of_the_inputs() -> None:
+    net = trained()
+    moved = value("smoothness", net)
+    probabilities = torch.softmax(net.model(net.inputs), 1).detach()
+    nearest = min(
+        float((net.inputs[i] - net.inputs[j]).norm())
+        for i in range(200)
+        for j in range(i)
+        if float((probabilities[i] - probabilities[j]).abs().max()) >= 0.5
+    )
+    assert 0 < moved <= nearest
+    assert value("cover_complexity", net) > 0
+    alone = MeasuredNetwork(net.model, net.inputs, net.targets)
+    with pytest.raises(ValueError, match="population"):
+        value("cover_complexity", alone)

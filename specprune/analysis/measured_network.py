@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 from specprune.analysis.coded import occam_results
 from specprune.analysis.evaluation import collect_logits, error_rate
+from specprune.analysis.flatness import FOUND, flat_sigma
 from specprune.analysis.layer_norms import LayerMatrix
+from specprune.analysis.prunability import Prunability, prunability, spectral_prunability
 from specprune.analysis.spectra import Spectra, layer_spectra
 from specprune.bounds.bound import FloatArray
 from specprune.bounds.covering import margins
 from specprune.compress.batches import CalibrationData
 from specprune.compress.coding import fold_batch_norms
-from specprune.compress.cost import smallest_fraction
+from specprune.compress.cost import count_flops, smallest_fraction
 from specprune.compress.layers import is_layer
 from specprune.compress.pruning import prune_sweep
 
@@ -232,6 +234,44 @@ class MeasuredNetwork:
         best = min(results.values(), key=lambda result: result.bound.value)
         bits = best.network.code_length(widths) / math.log(2)
         return CodedNetwork(bits, best.bound.value, best.complexity, best.train_error)
+
+    @cached_property
+    def sigma(self) -> float:
+        """The largest noise on all weights that costs at most a tenth of the training accuracy."""
+        return self._sigma(magnitude_aware=False)
+
+    @cached_property
+    def relative_sigma(self) -> float:
+        """The largest noise in proportion to the weights that costs at most a tenth of the training accuracy."""
+        return self._sigma(magnitude_aware=True)
+
+    def _sigma(self, *, magnitude_aware: bool) -> float:
+        found = flat_sigma(self.folded, self.inputs, self.targets, magnitude_aware=magnitude_aware, seed=self.seed)
+        if found.outcome != FOUND:
+            raise ValueError(
+                f"the training accuracy {found.outcome} by a tenth within the noise that is tried: {found}"
+            )
+        return found.sigma
+
+    @cached_property
+    def magnitude_prunability(self) -> Prunability:
+        """How few weights magnitude pruning may keep."""
+        return prunability(self.folded, self.inputs, self.targets, "magnitude")
+
+    @cached_property
+    def random_prunability(self) -> Prunability:
+        """How few weights random pruning may keep."""
+        return prunability(self.folded, self.inputs, self.targets, "random", seed=self.seed)
+
+    @cached_property
+    def spectral_prunability(self) -> Prunability:
+        """How few FLOPs spectral pruning may keep."""
+        return spectral_prunability(self.folded, self.inputs, self.targets, relative=(), seed=self.seed)
+
+    @cached_property
+    def flops(self) -> int:
+        """FLOPs for one sample, two a multiply-add."""
+        return count_flops(self.folded, self.data)
 
 
 def _matrix(layer: nn.Module) -> FloatArray:

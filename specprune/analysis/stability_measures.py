@@ -2,14 +2,131 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from specprune.analysis.cover_complexity import cover_complexity as measure_cover
 from specprune.analysis.cover_complexity import smoothness as measure_smoothness
+from specprune.analysis.flatness import flatness_measure, magnitude_pacbayes_measure, pacbayes_measure
 from specprune.analysis.measured_network import Measure, MeasuredNetwork, as_measure, measures_in
+from specprune.analysis.norm_measures import JIANG, root
+from specprune.analysis.prunability import Prunability
 
 JIN = "Jin, Lu, Tang and Karniadakis 2019, arXiv:1905.11427"
+KUHN = "Kuhn et al. 2021, arXiv:2103.06002"
+
+
+@as_measure(r"\sqrt{(\|w - w_0\|^2 / (4 \sigma^2) + \ln(m / \sigma) + 10) / m}", JIANG, cost="noise", needs="start")
+def pacbayes_init(net: MeasuredNetwork) -> float:
+    """Distance from the start in units of the noise that the weights bear."""
+    moved = float(np.linalg.norm(net.vector - net.start_vector))
+    return root(pacbayes_measure(moved, net.sigma, net.samples), net.samples)
+
+
+@as_measure(r"\sqrt{(\|w\|^2 / (4 \sigma^2) + \ln(m / \sigma) + 10) / m}", JIANG, cost="noise")
+def pacbayes_orig(net: MeasuredNetwork) -> float:
+    """Length of the weights in units of the noise that they bear."""
+    return root(pacbayes_measure(float(np.linalg.norm(net.vector)), net.sigma, net.samples), net.samples)
+
+
+@as_measure(r"\sqrt{1 / (\sigma^2 m)}", JIANG, cost="noise")
+def pacbayes_flatness(net: MeasuredNetwork) -> float:
+    """One over the noise on the weights that costs a tenth of the training accuracy."""
+    return root(flatness_measure(net.sigma), net.samples)
+
+
+@as_measure(
+    r"\sqrt{(\tfrac14 \sum_i \ln \frac{\epsilon^2 + (\sigma'^2 + 1) \|w - w_0\|^2 / \omega}"
+    r"{\epsilon^2 + \sigma'^2 (w_i - w_{0,i})^2} + \ln(m / \sigma') + 10) / m}",
+    JIANG,
+    cost="noise",
+    needs="start",
+)
+def pacbayes_mag_init(net: MeasuredNetwork) -> float:
+    """Distance from the start in units of noise in proportion to the weights."""
+    moves = net.vector - net.start_vector
+    value = magnitude_pacbayes_measure(float(np.linalg.norm(moves)), moves, net.relative_sigma, net.samples)
+    return root(value, net.samples)
+
+
+@as_measure(
+    r"(\tfrac14 \sum_i \ln \frac{\epsilon^2 + (\sigma'^2 + 1) \|w\|^2 / \omega}"
+    r"{\epsilon^2 + \sigma'^2 (w_i - w_{0,i})^2} + \ln(m / \sigma') + 10) / m",
+    JIANG,
+    cost="noise",
+    needs="start",
+)
+def pacbayes_mag_orig(net: MeasuredNetwork) -> float:
+    """Length of the weights in units of noise in proportion to them; without the root, for it may be negative."""
+    moves = net.vector - net.start_vector
+    length = float(np.linalg.norm(net.vector))
+    return magnitude_pacbayes_measure(length, moves, net.relative_sigma, net.samples) / net.samples
+
+
+@as_measure(r"\sqrt{1 / (\sigma'^2 m)}", JIANG, cost="noise")
+def pacbayes_mag_flatness(net: MeasuredNetwork) -> float:
+    """One over the noise in proportion to the weights that costs a tenth of the training accuracy."""
+    return root(flatness_measure(net.relative_sigma), net.samples)
+
+
+def _kept(found: Prunability, kind: str) -> float:
+    return next(answer.fraction for answer in found.tolerances if answer.kind == kind)
+
+
+@as_measure(
+    r"\min \{\alpha : \hat L(P_{\alpha'} w) \le \hat L(w) + 0.1 \ \forall \alpha' \ge \alpha\}", KUHN, cost="noise"
+)
+def prunability(net: MeasuredNetwork) -> float:
+    """Share of the weights that magnitude pruning must keep for a training loss 0.1 above the network's."""
+    return _kept(net.magnitude_prunability, "absolute")
+
+
+@as_measure(
+    r"\min \{\alpha : \hat L(P_{\alpha'} w) \le 1.1 \hat L(w) \ \forall \alpha' \ge \alpha\}", KUHN, cost="noise"
+)
+def prunability_relative(net: MeasuredNetwork) -> float:
+    """Share of the weights that magnitude pruning must keep for a training loss of 1.1 times the network's."""
+    return _kept(net.magnitude_prunability, "relative")
+
+
+@as_measure(
+    r"\min \{\alpha : \hat L(R_{\alpha'} w) \le \hat L(w) + 0.1 \ \forall \alpha' \ge \alpha\}", KUHN, cost="noise"
+)
+def prunability_random(net: MeasuredNetwork) -> float:
+    """Share of the weights that random pruning must keep for a training loss 0.1 above the network's."""
+    return _kept(net.random_prunability, "absolute")
+
+
+@as_measure(
+    r"\min \{\alpha : \hat L(R_{\alpha'} w) \le 1.1 \hat L(w) \ \forall \alpha' \ge \alpha\}", KUHN, cost="noise"
+)
+def prunability_random_relative(net: MeasuredNetwork) -> float:
+    """Share of the weights that random pruning must keep for a training loss of 1.1 times the network's."""
+    return _kept(net.random_prunability, "relative")
+
+
+@as_measure(r"\sqrt{\alpha \omega / m}", KUHN, cost="noise")
+def prunability_weights(net: MeasuredNetwork) -> float:
+    """Number of weights that magnitude pruning must keep for a training loss 0.1 above the network's."""
+    weights = sum(matrix.size for matrix in net.matrices)
+    return root(_kept(net.magnitude_prunability, "absolute") * weights, net.samples)
+
+
+@as_measure(
+    r"\min \{\alpha : \hat L(S_{\alpha'} w) \le \hat L(w) + 0.1 \ \forall \alpha' \ge \alpha\}", "here", cost="pruning"
+)
+def spectral_prunability(net: MeasuredNetwork) -> float:
+    """Share of the FLOPs that spectral pruning must keep for a training loss 0.1 above the network's."""
+    return _kept(net.spectral_prunability, "absolute")
+
+
+@as_measure(r"\sqrt{\alpha F / m}", "here", cost="pruning")
+def spectral_prunability_weights(net: MeasuredNetwork) -> float:
+    """Multiplications that spectral pruning must keep for a training loss 0.1 above the network's."""
+    return math.sqrt(_kept(net.spectral_prunability, "absolute") * net.flops / 2 / net.samples)
 
 
 @as_measure(r"\delta_f(1/2)", JIN, cost="noise", higher_is_worse=False)
