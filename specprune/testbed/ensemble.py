@@ -344,10 +344,9 @@ class _Ensemble:
 
     def _dropper(self, steps: int) -> Callable[[int, Tensor], Tensor]:
         """Return what leaves out units behind the k-th layer at a step."""
-        keys = self._keys(_DROPOUT, range(steps * self.drops, (steps + 1) * self.drops)) if self.drops else None
+        keys = self._keys(_DROPOUT, range(steps * self.drops, (steps + 1) * self.drops))
 
         def drop(k: int, x: Tensor) -> Tensor:
-            assert keys is not None
             return x * dropout_masks(keys[:, k], self.dropout, x.shape[1:])
 
         return drop

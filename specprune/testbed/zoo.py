@@ -114,7 +114,39 @@ def zoo_grid(**axes: Any) -> tuple[ZooSetting, ...]:
 
 
 #: axes of the grids by name; every axis is one along which the gap moves
-ZOO_GRIDS: Mapping[str, Mapping[str, Any]] = {}
+ZOO_GRIDS: Mapping[str, Mapping[str, Any]] = {
+    "small": {
+        "family": "mlp",
+        "width": (48, 128),
+        "depth": (1, 2),
+        "n": (150, 500),
+        "learning_rate": 0.05,
+        "batch_size": 32,
+        "label_noise": (0.0, 0.1),
+        "seed": (0, 1),
+    },
+    "default": {
+        "family": "mlp",
+        "width": (64, 160),
+        "depth": (1, 2, 3),
+        "n": (150, 500),
+        "learning_rate": (0.03, 0.1),
+        "batch_size": (16, 64),
+        "dropout": (0.0, 0.1),
+        "label_noise": (0.0, 0.1),
+        "seed": (0, 1, 2),
+    },
+    "conv": {
+        "family": "conv",
+        "width": (8, 16),
+        "depth": (2, 3),
+        "n": (150, 500),
+        "learning_rate": (0.03, 0.1),
+        "batch_size": 32,
+        "label_noise": (0.0, 0.1),
+        "seed": (0, 1),
+    },
+}
 
 
 def zoo_network(setting: ZooSetting, task: ImageTask) -> nn.Sequential:

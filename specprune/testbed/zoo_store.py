@@ -1,6 +1,6 @@
 """The store of a zoo: a folder with a manifest and shards, filled by several processes, resumed after a kill.
 
-`zoo.json` says what the zoo is (the plan) and which shard is to hold which settings; it is there before training starts.
+`zoo.json` says what the zoo is (the plan) and which shard is to hold which settings, before training starts.
 A shard is one `.npz` file with the networks that were trained together, written whole or not at all.  What is finished
 is what a readable shard holds: nothing else is believed.  No file has pickled objects.
 """
@@ -99,7 +99,9 @@ class ZooNetwork:
         state = network.state_dict()
         shapes = {key: tuple(tensor.shape) for key, tensor in state.items() if tensor.is_floating_point()}
         if {key: tuple(shape) for key, shape in header["parameters"]} != shapes:
-            raise ValueError(f"{self.shard}: holds other layers than {self.setting} has; was it made by another version?")
+            raise ValueError(
+                f"{self.shard}: holds other layers than {self.setting} has; was it made by another version?"
+            )
         parts = torch.from_numpy(arrays[name]).split([int(np.prod(shape)) for _, shape in header["parameters"]])
         for (key, shape), part in zip(header["parameters"], parts, strict=True):
             state[key] = part.view(shape)
@@ -384,7 +386,7 @@ def _read_shards(
 
 
 def _chunks(settings: Iterable[ZooSetting], together: int) -> list[list[ZooSetting]]:
-    """Return settings of one group each, at most `together`, those of similar duration side by side, the longest first."""
+    """Return chunks of one group each, those of similar duration side by side, the longest first."""
     groups: dict[tuple[Any, ...], list[ZooSetting]] = {}
     for setting in settings:
         groups.setdefault(setting.group, []).append(setting)
