@@ -8,7 +8,7 @@ import os
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -101,12 +101,15 @@ def save_arrays(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], 
         np.savez_compressed(stream, **{HEADER: text, **arrays})  # type: ignore[arg-type]
 
 
-def load_arrays(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def load_arrays(
+    path: str | os.PathLike[str], kind: str, names: Sequence[str] | None = None
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Load what `save_arrays` wrote, never unpickling.
 
     Args:
         path: the file to read.
         kind: what the header's "kind" must be.
+        names: the arrays to read; by default all.  What is not read is not checked for damage.
 
     Returns:
         The arrays by name, and the header.
@@ -120,8 +123,10 @@ def load_arrays(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, np.n
         raise FileNotFoundError(f"{target}: no such file (expected a specprune {kind} file)")
     try:
         with np.load(target, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-        header = json.loads(arrays.pop(HEADER).tobytes().decode("utf-8"))
+            chosen = archive.files if names is None else names
+            arrays = {name: archive[name] for name in chosen if name != HEADER}
+            text = archive[HEADER]
+        header = json.loads(text.tobytes().decode("utf-8"))
     except _DAMAGE as error:
         raise ValueError(f"{target}: not a readable specprune {kind} file ({error})") from error
     if not isinstance(header, dict) or header.get("kind") != kind:

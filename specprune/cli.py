@@ -30,13 +30,17 @@ from specprune.analysis.posterior import Posterior, train_posterior
 from specprune.analysis.trends import bound_trends
 from specprune.compress import CalibrationData, Pruned
 from specprune.testbed import (
+    ZOO_GRIDS,
     Dataset,
     TrainedNetwork,
+    ZooSetting,
     default_recipe,
     download_dataset,
     load_dataset,
     save_checkpoint,
     train,
+    train_zoo,
+    zoo_grid,
 )
 
 OWN_ERRORS = (ValueError, TypeError, OSError, RuntimeError)
@@ -340,6 +344,27 @@ def run_double_descent(options: argparse.Namespace) -> None:
     print(to_json(paths) if options.json else "\n".join(str(path) for path in paths))
 
 
+def run_zoo(options: argparse.Namespace) -> None:
+    """Train what is missing of a zoo, and print what is there."""
+    dataset = load_dataset(options.data, options.data_dir)
+    axes = dict(ZOO_GRIDS[options.grid])
+    for axis in dataclasses.fields(ZooSetting):
+        given = getattr(options, axis.name)
+        if given is not None:
+            axes[axis.name] = given
+    found = train_zoo(
+        dataset,
+        zoo_grid(**axes),
+        options.out,
+        target_loss=options.target_loss,
+        max_epochs=options.max_epochs,
+        together=options.together,
+        jobs=options.jobs,
+        device=torch_device(options.device),
+    )
+    _show(options, "zoo-summary", found)
+
+
 def run_figures(options: argparse.Namespace) -> None:
     """Draw the figures for a network; without one, for a net trained on the built-in digits."""
     from specprune.figures import FigureSetting, make_figures  # draws; the other commands do without
@@ -400,5 +425,6 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "certify": run_certify,
     "verify": run_verify,
     "double-descent": run_double_descent,
+    "zoo": run_zoo,
     "figures": run_figures,
 }
