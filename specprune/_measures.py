@@ -15,11 +15,11 @@ from joblib import Parallel, delayed
 from tqdm import tqdm
 
 from specprune._files import append_line, read_lines
-from specprune._records import format_table, to_json
+from specprune._records import to_json
 from specprune.analysis.measure_ranking import MeasureRanking, rank_measures
 from specprune.analysis.measure_table import MeasureTable
-from specprune.analysis.measures import MEASURES, find_measures, measure_table, network_measures
-from specprune.testbed import Dataset
+from specprune.analysis.measures import find_measures, measure_table, network_measures
+from specprune.testbed import Dataset, load_dataset
 from specprune.testbed.zoo import zoo_training_set
 from specprune.testbed.zoo_store import ZooNetwork, load_zoo
 
@@ -67,7 +67,8 @@ class MeasuredZoo:
 
 def measured_zoo(
     folder: str | os.PathLike[str],
-    dataset: Dataset,
+    data: str | None,
+    data_dir: str | os.PathLike[str] | None,
     records: str | os.PathLike[str],
     names: Sequence[str] | None = None,
     *,
@@ -79,7 +80,8 @@ def measured_zoo(
 
     Args:
         folder: of the zoo.
-        dataset: what it was trained on.
+        data: name of the data set; None for that of the first network.
+        data_dir: where to look for it first.
         records: file of what was measured, a line a network; networks that are in it are not measured again.
         names: measures; None for all.
         jobs: processes.
@@ -92,6 +94,9 @@ def measured_zoo(
     chosen = [measure.name for measure in find_measures(names)]
     zoo = load_zoo(folder)
     networks = [network for network in zoo.networks if network.converged]
+    if len(networks) < 2:
+        raise ValueError(f"{folder}: {len(networks)} of {len(zoo.networks)} networks converged; a ranking needs two")
+    dataset = load_dataset(data or networks[0].setting.data, data_dir)
     found = measured_networks(networks, dataset, records, chosen, jobs=jobs, seed=seed)
     dropped = {name: reason for record in found for name, reason in record["refused"].items() if name in chosen}
     kept = [name for name in chosen if name not in dropped]
@@ -182,18 +187,3 @@ def _measured(network: ZooNetwork, dataset: Dataset, names: Sequence[str], seed:
     finally:
         torch.set_num_threads(threads)
     return {"digest": network.setting.digest, "values": dict(found.values), "refused": dict(found.refused)}
-
-
-def describe_measures() -> str:
-    """Return the registry as a table."""
-    rows = [
-        {
-            "measure": m.name,
-            "higher_is_worse": m.higher_is_worse,
-            "cost": m.cost,
-            "needs": m.needs,
-            "meaning": m.meaning,
-        }
-        for m in MEASURES.values()
-    ]
-    return format_table(rows, title="measures of generalization")

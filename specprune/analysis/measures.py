@@ -41,6 +41,18 @@ def find_measures(names: Iterable[str] | None = None) -> list[Measure]:
     return [MEASURES[name] for name in chosen]
 
 
+def registry_records() -> list[dict[str, Any]]:
+    """Return one record a measure: name, direction, cost, what it needs, meaning, formula and source."""
+    fields = ("name", "higher_is_worse", "cost", "needs", "meaning", "formula", "source")
+    return [{field: getattr(measure, field) for field in fields} for measure in MEASURES.values()]
+
+
+def registry_table() -> str:
+    """Return the registry as a text table."""
+    columns = ["name", "higher_is_worse", "cost", "needs", "meaning"]
+    return format_table(registry_records(), columns, "measures of generalization")
+
+
 @dataclass(frozen=True)
 class NetworkMeasures:
     """The measures of one network.

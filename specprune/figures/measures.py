@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
 from scipy.stats import rankdata
 
+from specprune.analysis.measure_ranking import MeasureRanking
+from specprune.analysis.measure_table import MeasureTable
+from specprune.analysis.spectral_measures import SPECTRAL_MEASURES
+from specprune.figures.gallery import save_figure
 from specprune.figures.style import BLACK, BLUE, COLOURS, MARKERS, REFERENCE, VERMILION, figure_style, new_figure
 
+#: set in bold: what this package is about
+SPECTRAL = (
+    *(measure.name for measure in SPECTRAL_MEASURES),
+    "spectral_prunability",
+    "spectral_prunability_weights",
+)
+_SCATTERED = ("dof_1e-3", "spectral_prunability")
 _ROW = 0.135  # inches a measure
 _PANELS = (("psi", r"granulated correlation $\Psi$", BLUE, "o"), ("maximum", "largest sign error", VERMILION, "s"))
 
@@ -48,7 +62,7 @@ def draw_ranking(records: Sequence[Mapping[str, Any]], title: str, highlight: Se
 
 
 def draw_scatter(
-    values: Mapping[str, Sequence[float]], gaps: Sequence[float], groups: Sequence[Any], group: str, title: str
+    values: Mapping[str, ArrayLike], gaps: ArrayLike, groups: Sequence[Any], group: str, title: str
 ) -> Figure:
     """Draw the gap against the rank of some measures, one panel each, with one colour a group of networks.
 
@@ -71,7 +85,7 @@ def draw_scatter(
     with figure_style():
         figure, axes = new_figure(columns=2, panels=len(values), height=2.1)
         for ax, (name, column) in zip(axes, values.items(), strict=True):
-            ranks = (rankdata(column) - 0.5) / len(column)
+            ranks = (rankdata(column) - 0.5) / len(groups)
             for number, kind in enumerate(kinds):
                 chosen = [index for index, own in enumerate(groups) if own == kind]
                 ax.plot(
@@ -95,3 +109,27 @@ def draw_scatter(
         )
         figure.suptitle(title)
     return figure
+
+
+def save_zoo_figures(table: MeasureTable, ranking: MeasureRanking, out: str | os.PathLike[str]) -> list[Path]:
+    """Write the ranking, and the gap against the two best and the spectral measures, as PDF and PNG.
+
+    Args:
+        table: networks, measures and gaps.
+        ranking: of the measures.
+        out: the folder.
+
+    Returns:
+        The files.
+    """
+    records = ranking.to_records()
+    title = f"{ranking.networks} networks, {100 * ranking.level:g} % intervals"
+    paths = save_figure(draw_ranking(records, title, SPECTRAL), Path(out) / "measure_ranking")
+    best = [record["measure"] for record in sorted(records, key=lambda record: -record["psi"])][:2]
+    names = list(dict.fromkeys([*best, *(name for name in _SCATTERED if name in table.measures)]))
+    axes = table.hyperparameters
+    group = "n" if "n" in axes else next(iter(axes))
+    figure = draw_scatter(
+        {name: table.column(name) for name in names}, table.gap, axes[group].tolist(), group, f"{len(table)} networks"
+    )
+    return paths + save_figure(figure, Path(out) / "measure_scatter")
