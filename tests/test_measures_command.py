@@ -19,18 +19,18 @@ NAMES = ["params", "inverse_margin", "dof_1e-3", "log_bartlett"]
 
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory):
-    """16 networks of 100 digits, trained to a cross-entropy of 0.1."""
+    """24 networks of a few digits, trained to a cross-entropy of 0.1."""
     folder = tmp_path_factory.mktemp("zoo")
     settings = zoo_grid(
         data="digits",
         family="mlp",
-        width=(24, 48),
-        depth=(1, 2),
-        n=(60, 120),
+        width=(16, 32),
+        depth=1,
+        n=(30, 200),
         learning_rate=0.1,
         batch_size=20,
-        label_noise=(0.0, 0.2),
-        seed=0,
+        label_noise=(0.0, 0.3),
+        seed=(0, 1, 2),
     )
     return train_zoo(load_dataset("digits"), settings, folder, target_loss=0.1, max_epochs=300).folder
 
@@ -40,10 +40,10 @@ def test_zoo_is_ranked_and_drawn(zoo, tmp_path, capsys):
     shown = capsys.readouterr().out
     result = json.loads((tmp_path / "measures.json").read_text())["result"]
     converged = [network for network in load_zoo(zoo).networks if network.converged]
-    assert len(converged) == 16
-    assert result["ranking"]["networks"] == 16
+    assert len(converged) >= 20
+    assert result["ranking"]["networks"] == len(converged)
     assert {score["measure"] for score in result["ranking"]["scores"]} == set(NAMES)
-    assert result["hyperparameters"] == ["width", "depth", "n", "label_noise"]
+    assert result["hyperparameters"] == ["width", "n", "label_noise"]
     assert all(name in shown for name in NAMES)
     own = MEASURES["params"]
     for index, network in enumerate(converged):
