@@ -127,6 +127,7 @@ def test_agrees_with_the_slow_twin(magnitude_aware, tolerance):
     assert found.drop <= 0.1
     assert slow_drop(model, inputs, targets, found.broken, 5, 8, epsilon) > 0.1
     assert found.drop >= 0.1 - tolerance or found.broken <= 1.01 * found.sigma
+    assert tolerance != 0.05 or found.broken > 1.01 * found.sigma  # a wide tolerance ends the search early
 
 
 def test_accuracy_that_never_drops():
