@@ -274,6 +274,12 @@ def test_refusals():
             flat_sigma(model, inputs, targets, **arguments)
     with pytest.raises(ValueError, match="int64 of shape"):
         flat_sigma(model, inputs, targets.float())
+    with pytest.raises(TypeError, match="inputs is a ndarray"):
+        flat_sigma(nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3)), inputs.numpy(), targets)
+    with pytest.raises(ValueError, match="devices"):
+        flat_sigma(model, inputs, targets.to("meta"))
+    with pytest.raises(ValueError, match="at least two classes"):
+        flat_sigma(nn.Linear(5, 1).double(), inputs, 0 * targets)
     with pytest.raises(ValueError, match="no parameters"):
         flat_sigma(nn.Flatten(), inputs, targets)
     with pytest.raises(ValueError, match="cannot be folded"):
