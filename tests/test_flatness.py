@@ -77,7 +77,7 @@ def test_one_example():
     margin, length = float(logits.max() - logits.min()), float(example.norm())
     expected = margin / (1.2815515655446004 * math.sqrt(2) * length)  # Phi(-1.28...) = 0.1
     bracket = (expected / 2, expected * 2)
-    found = flat_sigma(model, example, logits.argmax()[None], draws=2000, tolerance=0.0, bracket=bracket)
+    found = flat_sigma(model, example, logits.argmax()[None], draws=800, tolerance=0.0, bracket=bracket)
     assert found.sigma == pytest.approx(expected, rel=0.1)
 
 
