@@ -139,21 +139,12 @@ def run_in_parts(model: nn.Module, inputs: Tensor) -> Tensor:
     return torch.cat([model(part) for part in inputs.split(rows)])
 
 
-def checked_logits(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Return a classifier's logits on labelled tensors, after checking that everything fits.
-
-    Args:
-        model: in evaluation mode.
-        inputs: shape (n, ...), on the model's device.
-        targets: int64 class numbers, shape (n,), on the same device.
-
-    Returns:
-        Float64, shape (n, classes).
+def check_labelled(model: nn.Module, inputs: Tensor, targets: Tensor) -> None:
+    """Check that inputs (n, ...) and int64 targets (n,) are tensors on the model's device, n at least 1.
 
     Raises:
         TypeError: inputs or targets that are not tensors.
-        ValueError: shapes, types or devices that do not fit, targets that are no class numbers, or outputs that are
-            not finite logits.
+        ValueError: shapes, types or devices that do not fit.
     """
     for name, value in (("inputs", inputs), ("targets", targets)):
         if not isinstance(value, Tensor):
@@ -166,11 +157,25 @@ def checked_logits(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     devices = {str(value.device) for value in (inputs, targets, *model.parameters())}
     if len(devices) > 1:
         raise ValueError(f"model, inputs and targets lie on the devices {sorted(devices)}; move them to one")
+
+
+def checked_logits(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Return a classifier's logits on labelled tensors, after checking that everything fits.
+
+    Args:
+        model: in evaluation mode.
+        inputs: as in `check_labelled`.
+        targets: class numbers, as there.
+
+    Returns:
+        Float64, shape (n, classes).
+
+    Raises:
+        TypeError: as in `check_labelled`.
+        ValueError: as there; targets that are no class numbers, or outputs that are not finite logits.
+    """
+    check_labelled(model, inputs, targets)
     with torch.no_grad():
-        outputs = run_in_parts(model, inputs)
-    if not isinstance(outputs, Tensor) or outputs.shape[:1] != targets.shape:
-        raise ValueError(
-            f"the network returns shape {tuple(outputs.shape)} for {len(inputs)} inputs; expected a row each"
-        )
-    _checked(outputs.double().cpu().numpy(), targets.cpu().numpy())
-    return outputs.double()
+        outputs = run_in_parts(model, inputs).double()
+    _checked(outputs.cpu().numpy(), targets.cpu().numpy())
+    return outputs

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
-from specprune.analysis.evaluation import checked_logits, run_in_parts
+from specprune.analysis.evaluation import check_labelled, checked_logits, run_in_parts
 from specprune.bounds.bound import Record, check_count, check_number, check_vector
 from specprune.compress.batches import CalibrationData
 from specprune.compress.coding import fold_batch_norms
@@ -115,6 +115,7 @@ def flat_sigma(
     if low >= high:
         raise ValueError(f"bracket={bracket!r}: expected the smaller sigma first")
     generator = np.random.default_rng(check_count("seed", seed, 0))  # not torch's, from which initial weights come
+    check_labelled(model, inputs, targets)
     work = _folded(model, inputs)
     if not list(work.parameters()):
         raise ValueError(f"{type(work).__name__} has no parameters to put noise on")
