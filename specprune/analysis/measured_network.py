@@ -27,6 +27,7 @@ from specprune.compress.layers import is_layer
 from specprune.compress.pruning import prune_sweep
 
 MARGIN_PERCENTILE = 10
+CALIBRATION = 300  # training inputs that spectral pruning sees where it is only to be measured
 PRUNED_TO = (0.5, 0.3, 0.2, 0.1, 0.05)  # of the FLOPs, where the network can become so small
 Cost = Literal["weights", "pass", "noise", "pruning"]
 Needs = Literal["", "start", "population"]
@@ -225,7 +226,7 @@ class MeasuredNetwork:
         """The one with the smallest bound among the network itself and what spectral pruning makes of it, rounded."""
         least = smallest_fraction(self.folded, self.data)
         keeps = [keep for keep in PRUNED_TO if keep > least]
-        smaller = prune_sweep(self.folded, self.data, keeps, seed=self.seed) if keeps else []
+        smaller = prune_sweep(self.folded, [self.inputs[:CALIBRATION]], keeps, seed=self.seed) if keeps else []
         coded = [self._coded(pruned.model, [group.width for group in pruned.groups]) for pruned in smaller]
         return min([self.code, *coded], key=lambda code: code.bound)
 
@@ -266,7 +267,10 @@ class MeasuredNetwork:
     @cached_property
     def spectral_prunability(self) -> Prunability:
         """How few FLOPs spectral pruning may keep."""
-        return spectral_prunability(self.folded, self.inputs, self.targets, relative=(), seed=self.seed)
+        few = self.inputs[:CALIBRATION]
+        return spectral_prunability(
+            self.folded, self.inputs, self.targets, calibration=few, relative=(), seed=self.seed
+        )
 
     @cached_property
     def flops(self) -> int:

@@ -13,7 +13,6 @@ from specprune.analysis.cover_complexity import smoothness as measure_smoothness
 from specprune.analysis.flatness import flatness_measure, magnitude_pacbayes_measure, pacbayes_measure
 from specprune.analysis.measured_network import Measure, MeasuredNetwork, as_measure, measures_in
 from specprune.analysis.norm_measures import JIANG, root
-from specprune.analysis.prunability import Prunability
 
 JIN = "Jin, Lu, Tang and Karniadakis 2019, arXiv:1905.11427"
 KUHN = "Kuhn et al. 2021, arXiv:2103.06002"
@@ -72,16 +71,12 @@ def pacbayes_mag_flatness(net: MeasuredNetwork) -> float:
     return root(flatness_measure(net.relative_sigma), net.samples)
 
 
-def _kept(found: Prunability, kind: str) -> float:
-    return next(answer.fraction for answer in found.tolerances if answer.kind == kind)
-
-
 @as_measure(
     r"\min \{\alpha : \hat L(P_{\alpha'} w) \le \hat L(w) + 0.1 \ \forall \alpha' \ge \alpha\}", KUHN, cost="noise"
 )
 def prunability(net: MeasuredNetwork) -> float:
     """Share of the weights that magnitude pruning must keep for a training loss 0.1 above the network's."""
-    return _kept(net.magnitude_prunability, "absolute")
+    return net.magnitude_prunability.fraction("absolute")
 
 
 @as_measure(
@@ -89,7 +84,7 @@ def prunability(net: MeasuredNetwork) -> float:
 )
 def prunability_relative(net: MeasuredNetwork) -> float:
     """Share of the weights that magnitude pruning must keep for a training loss of 1.1 times the network's."""
-    return _kept(net.magnitude_prunability, "relative")
+    return net.magnitude_prunability.fraction("relative")
 
 
 @as_measure(
@@ -97,7 +92,7 @@ def prunability_relative(net: MeasuredNetwork) -> float:
 )
 def prunability_random(net: MeasuredNetwork) -> float:
     """Share of the weights that random pruning must keep for a training loss 0.1 above the network's."""
-    return _kept(net.random_prunability, "absolute")
+    return net.random_prunability.fraction("absolute")
 
 
 @as_measure(
@@ -105,14 +100,14 @@ def prunability_random(net: MeasuredNetwork) -> float:
 )
 def prunability_random_relative(net: MeasuredNetwork) -> float:
     """Share of the weights that random pruning must keep for a training loss of 1.1 times the network's."""
-    return _kept(net.random_prunability, "relative")
+    return net.random_prunability.fraction("relative")
 
 
 @as_measure(r"\sqrt{\alpha \omega / m}", KUHN, cost="noise")
 def prunability_weights(net: MeasuredNetwork) -> float:
     """Number of weights that magnitude pruning must keep for a training loss 0.1 above the network's."""
     weights = sum(matrix.size for matrix in net.matrices)
-    return root(_kept(net.magnitude_prunability, "absolute") * weights, net.samples)
+    return root(net.magnitude_prunability.fraction("absolute") * weights, net.samples)
 
 
 @as_measure(
@@ -120,13 +115,13 @@ def prunability_weights(net: MeasuredNetwork) -> float:
 )
 def spectral_prunability(net: MeasuredNetwork) -> float:
     """Share of the FLOPs that spectral pruning must keep for a training loss 0.1 above the network's."""
-    return _kept(net.spectral_prunability, "absolute")
+    return net.spectral_prunability.fraction("absolute")
 
 
 @as_measure(r"\sqrt{\alpha F / m}", "here", cost="pruning")
 def spectral_prunability_weights(net: MeasuredNetwork) -> float:
     """Multiplications that spectral pruning must keep for a training loss 0.1 above the network's."""
-    return math.sqrt(_kept(net.spectral_prunability, "absolute") * net.flops / 2 / net.samples)
+    return math.sqrt(net.spectral_prunability.fraction("absolute") * net.flops / 2 / net.samples)
 
 
 @as_measure(r"\delta_f(1/2)", JIN, cost="noise", higher_is_worse=False)
