@@ -20,7 +20,7 @@ from specprune.testbed.zoo import ZooSetting, own_labels, zoo_network
 
 MOMENTUM = 0.9
 TARGET_LOSS = 0.01
-MAX_EPOCHS = 1000
+MAX_EPOCHS = 2000
 _CHECKED = 20  # a check after every epoch at first, later after every 1/20 of the epochs so far
 _BLOCK = 1 << 22  # numbers in the largest activation of an evaluation
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
