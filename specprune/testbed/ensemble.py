@@ -81,7 +81,7 @@ def _mix64(words: np.ndarray) -> np.ndarray:
     return words ^ (words >> np.uint64(31))
 
 
-def draw_keys(seeds: Sequence[int], purpose: int, counters: Sequence[int]) -> np.ndarray:
+def draw_keys(seeds: Sequence[int] | np.ndarray, purpose: int, counters: Sequence[int]) -> np.ndarray:
     """Return two 32-bit keys for every seed and counter, as int32 of shape (seeds, counters, 2).
 
     Args:
