@@ -20,7 +20,7 @@ from specprune.testbed.zoo import ZooSetting, own_labels, zoo_network
 
 MOMENTUM = 0.9
 TARGET_LOSS = 0.01
-MAX_EPOCHS = 1000
+MAX_EPOCHS = 2000
 _CHECKED = 20  # a check after every epoch at first, later after every 1/20 of the epochs so far
 _BLOCK = 1 << 22  # numbers in the largest activation of an evaluation
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -81,7 +81,7 @@ def _mix64(words: np.ndarray) -> np.ndarray:
     return words ^ (words >> np.uint64(31))
 
 
-def draw_keys(seeds: Sequence[int], purpose: int, counters: Sequence[int]) -> np.ndarray:
+def draw_keys(seeds: Sequence[int] | np.ndarray, purpose: int, counters: Sequence[int]) -> np.ndarray:
     """Return two 32-bit keys for every seed and counter, as int32 of shape (seeds, counters, 2).
 
     Args:

@@ -231,7 +231,9 @@ def train_zoo(
     _check_settings(wanted, dataset, together)
     place = Path(folder)
     plan = _plan(dataset, target_loss, max_epochs)
-    manifest = _read_manifest(place) if (place / MANIFEST).exists() else {"plan": plan, "settings": [], "shards": {}}
+    manifest: dict[str, Any] = {"plan": plan, "settings": [], "shards": {}}
+    if (place / MANIFEST).exists():
+        manifest = _read_manifest(place)
     _check_plan(place, manifest["plan"], plan)
     for leftover in place.glob(".*.part"):  # of writes that were cut off
         leftover.unlink()
