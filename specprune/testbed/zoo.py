@@ -135,7 +135,7 @@ ZOO_GRIDS: Mapping[str, Mapping[str, Any]] = {
         "batch_size": (16, 64),
         "dropout": (0.0, 0.1),
         "label_noise": (0.0, 0.1),
-        "seed": (0, 1),
+        "seed": (0, 1, 2),
     },
     "conv": {
         "family": "conv",
