@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,16 @@ import specprune
 from specprune.analysis.certify import STARTS
 from specprune.analysis.comparison import KEEPS
 from specprune.analysis.comparison import METHODS as COMPARED
+from specprune.analysis.measures import MEASURES
 from specprune.compress.allocation import ALLOCATIONS
 from specprune.compress.choice import SELECTIONS
 from specprune.compress.low_rank_cost import LOW_RANK_MEASURES
 from specprune.compress.reconstruction import RECONSTRUCTIONS
 from specprune.compress.selection import RULES
 from specprune.compress.settings import BUDGETS, METHODS, Settings
-from specprune.testbed import CATALOG
+from specprune.testbed import CATALOG, ZOO_GRIDS
+from specprune.testbed.ensemble import MAX_EPOCHS, TARGET_LOSS
+from specprune.testbed.zoo import FAMILIES
 
 DATA = tuple(CATALOG)
 _ALLOCATIONS = tuple(name for name in ALLOCATIONS if name != "theory")  # which takes its widths from lambda
@@ -192,6 +195,54 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_common(descent)
 
+    zoo = _command(
+        commands,
+        "zoo",
+        "train many small networks at once; a stopped run goes on in the same --out",
+        "specprune zoo --data digits --jobs 2 --out results/zoo\n"
+        "  specprune zoo --grid small --width 32,64,128 --seeds 0,1,2 --out results/widths",
+    )
+    _add_data(zoo, "which data set (default digits)", default="digits")
+    zoo.add_argument("--grid", choices=tuple(ZOO_GRIDS), default="default", help="which networks (default default)")
+    axes = zoo.add_argument_group("axes", "values, separated by commas, that replace those of the grid")
+    axes.add_argument("--family", type=_names(FAMILIES), metavar="NAME,...", help=f"of {', '.join(FAMILIES)}")
+    for axis in ("width", "depth", "n", "batch-size"):
+        axes.add_argument(f"--{axis}", type=_list_of(_positive_int), metavar="N,...")
+    axes.add_argument("--seeds", dest="seed", type=_list_of(_seed), metavar="N,...")
+    axes.add_argument("--learning-rate", type=_list_of(_positive), metavar="X,...")
+    axes.add_argument("--weight-decay", type=_list_of(_not_negative), metavar="X,...")
+    for axis in ("dropout", "label-noise"):
+        axes.add_argument(f"--{axis}", type=_list_of(_unit), metavar="F,...")
+    zoo.add_argument(
+        "--target-loss",
+        type=_positive,
+        default=TARGET_LOSS,
+        help=f"stop a network at this training loss, in nats (default {TARGET_LOSS:g})",
+    )
+    zoo.add_argument(
+        "--max-epochs", type=_positive_int, default=MAX_EPOCHS, help=f"stop it at the latest (default {MAX_EPOCHS})"
+    )
+    zoo.add_argument("--together", type=_positive_int, default=64, help="networks trained at once (default 64)")
+    zoo.add_argument("--jobs", type=_positive_int, default=1, help="processes at once (default 1)")
+    zoo.add_argument("--out", type=Path, default=Path("results/zoo"), help="folder of the zoo (default results/zoo)")
+    zoo.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    zoo.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default cpu)")
+
+    measures = _command(
+        commands,
+        "measures",
+        "print what measures of generalization say of a network, or rank them over a zoo; without either, list them",
+        "specprune measures --weights results/mnist/mnist-mlp-300-1000-300-0.npz\n"
+        "  specprune measures --zoo results/zoo --jobs 2 --out results/zoo-measures",
+    )
+    measures.add_argument("names", nargs="*", type=_measure, help="which measures; by default all")
+    measures.add_argument(
+        "--zoo", type=Path, help="folder of 'specprune zoo'; finished networks are not measured again"
+    )
+    measures.add_argument("--jobs", type=_positive_int, default=1, help="processes at once (default 1)")
+    _add_problem(measures)
+    _add_common(measures)
+
     figures = _command(
         commands,
         "figures",
@@ -314,6 +365,22 @@ def _fraction(text: str) -> float:
     return _number(text, lambda x: 0 < x <= 1, "a fraction above 0 and at most 1")
 
 
+def _list_of(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    def values(text: str) -> tuple[Any, ...]:
+        return tuple(kind(part) for part in text.split(","))
+
+    return values
+
+
+def _names(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
+    def name(text: str) -> str:
+        if text not in known:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected one of {', '.join(known)}")
+        return text
+
+    return _list_of(name)
+
+
 def _fractions(text: str) -> tuple[float, ...]:
     return tuple(_fraction(part) for part in text.split(","))
 
@@ -375,11 +442,21 @@ def _descent_figure(text: str) -> str:
     return text
 
 
+def _measure(text: str) -> str:
+    if text not in MEASURES:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected one of {', '.join(MEASURES)}")
+    return text
+
+
 def check_problem(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Refuse options that do not fit together."""
     if not hasattr(options, "weights"):
         return
     nothing = options.weights is None and options.model is None
+    if options.command == "measures" and (nothing or options.zoo is not None):
+        if options.zoo is not None and not nothing:
+            parser.error("measures: --zoo ranks the measures over its own networks; leave out --weights and --model")
+        return
     if nothing and (options.command != "figures" or options.data is not None):
         parser.error(f"{options.command}: no network: give --weights FILE (of 'specprune train') or --model")
     if options.model is not None and options.data is None:

@@ -8,7 +8,7 @@ import os
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -58,6 +58,30 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         stream.write(text.encode("utf-8"))
 
 
+def append_line(path: str | os.PathLike[str], line: str) -> None:
+    """Append one line of text to a file; a line that a kill left unfinished is removed first."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target, "ab+") as stream:
+        stream.seek(0)
+        content = stream.read()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            stream.truncate(whole)
+        stream.write(line.encode("utf-8") + b"\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def read_lines(path: str | os.PathLike[str]) -> list[str]:
+    """Return the finished lines of a file that `append_line` wrote; none if there is no such file."""
+    try:
+        content = Path(path).read_bytes()
+    except FileNotFoundError:
+        return []
+    return content[: content.rfind(b"\n") + 1].decode("utf-8").splitlines()
+
+
 def save_arrays(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], header: Mapping[str, Any]) -> None:
     """Save named arrays and a JSON header in one `.npz` file, whole or not at all.
 
@@ -77,12 +101,15 @@ def save_arrays(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], 
         np.savez_compressed(stream, **{HEADER: text, **arrays})  # type: ignore[arg-type]
 
 
-def load_arrays(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def load_arrays(
+    path: str | os.PathLike[str], kind: str, names: Sequence[str] | None = None
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Load what `save_arrays` wrote, never unpickling.
 
     Args:
         path: the file to read.
         kind: what the header's "kind" must be.
+        names: the arrays to read; by default all.  What is not read is not checked for damage.
 
     Returns:
         The arrays by name, and the header.
@@ -96,8 +123,10 @@ def load_arrays(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, np.n
         raise FileNotFoundError(f"{target}: no such file (expected a specprune {kind} file)")
     try:
         with np.load(target, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-        header = json.loads(arrays.pop(HEADER).tobytes().decode("utf-8"))
+            chosen = archive.files if names is None else names
+            arrays = {name: archive[name] for name in chosen if name != HEADER}
+            text = archive[HEADER]
+        header = json.loads(text.tobytes().decode("utf-8"))
     except _DAMAGE as error:
         raise ValueError(f"{target}: not a readable specprune {kind} file ({error})") from error
     if not isinstance(header, dict) or header.get("kind") != kind:

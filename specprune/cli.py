@@ -17,6 +17,7 @@ import torch
 import specprune
 from specprune._arguments import build_parser, check_problem
 from specprune._files import write_text
+from specprune._measures import measured_zoo
 from specprune._problem import Problem, load_problem, torch_device
 from specprune._records import format_table, to_json
 from specprune._trends import default_plan, trend_points
@@ -26,18 +27,23 @@ from specprune.analysis.certify import certify
 from specprune.analysis.comparison import METHODS as COMPARED
 from specprune.analysis.comparison import classifier_error, compare
 from specprune.analysis.evaluation import collect_logits, error_rate
+from specprune.analysis.measures import network_measures, registry_records, registry_table
 from specprune.analysis.posterior import Posterior, train_posterior
 from specprune.analysis.trends import bound_trends
 from specprune.compress import CalibrationData, Pruned
-from specprune.compress.batches import batch_size
+from specprune.compress.batches import batch_inputs, batch_size, batch_targets
 from specprune.testbed import (
+    ZOO_GRIDS,
     Dataset,
     TrainedNetwork,
+    ZooSetting,
     default_recipe,
     download_dataset,
     load_dataset,
     save_checkpoint,
     train,
+    train_zoo,
+    zoo_grid,
 )
 
 OWN_ERRORS = (ValueError, TypeError, OSError, RuntimeError)
@@ -341,6 +347,73 @@ def run_double_descent(options: argparse.Namespace) -> None:
     print(to_json(paths) if options.json else "\n".join(str(path) for path in paths))
 
 
+def run_zoo(options: argparse.Namespace) -> None:
+    """Train what is missing of a zoo, and print what is there."""
+    dataset = load_dataset(options.data, options.data_dir)
+    axes = dict(ZOO_GRIDS[options.grid])
+    for axis in dataclasses.fields(ZooSetting):
+        given = getattr(options, axis.name)
+        if given is not None:
+            axes[axis.name] = given
+    found = train_zoo(
+        dataset,
+        zoo_grid(**axes),
+        options.out,
+        target_loss=options.target_loss,
+        max_epochs=options.max_epochs,
+        together=options.together,
+        jobs=options.jobs,
+        device=torch_device(options.device),
+    )
+    _show(options, "zoo-summary", found)
+
+
+def run_measures(options: argparse.Namespace) -> None:
+    """Print the measures of a network, rank them over a zoo, or list them."""
+    names = options.names or None
+    if options.zoo is not None:
+        from specprune.figures.measures import save_zoo_figures  # draws; the other commands do without
+
+        found = measured_zoo(
+            options.zoo,
+            options.data,
+            options.data_dir,
+            options.out / "measured.jsonl",
+            names,
+            jobs=options.jobs,
+            seed=options.seed,
+        )
+        _show(options, "measures", found)
+        for path in save_zoo_figures(found.table, found.ranking, options.out):
+            _say(options, f"[{path}]")
+    elif options.weights is None and options.model is None:
+        print(to_json(registry_records()) if options.json else registry_table())
+    else:
+        problem = _problem(options)
+        pairs = [(batch_inputs(batch), batch_targets(batch)) for batch in problem.train]
+        inputs, targets = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+        _show(
+            options,
+            "measures",
+            network_measures(
+                problem.model,
+                inputs,
+                targets,
+                names,
+                start=problem.initial,
+                population=_population(problem),
+                seed=options.seed,
+            ),
+        )
+
+
+def _population(problem: Problem) -> tuple[torch.Tensor, torch.Tensor] | None:
+    if problem.test is None:
+        return None
+    pairs = [(batch_inputs(batch), batch_targets(batch)) for batch in problem.test]
+    return torch.cat([inputs for inputs, _ in pairs]), torch.cat([targets for _, targets in pairs])
+
+
 def run_figures(options: argparse.Namespace) -> None:
     """Draw the figures for a network; without one, for a net trained on the built-in digits."""
     from specprune.figures import FigureSetting, make_figures  # draws; the other commands do without
@@ -470,6 +543,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "certify": run_certify,
     "verify": run_verify,
     "double-descent": run_double_descent,
+    "zoo": run_zoo,
+    "measures": run_measures,
     "figures": run_figures,
     "report": run_report,
 }

@@ -252,6 +252,11 @@ def test_the_tables_show_the_results(data, page):
     assert {format_value(value) for value in data.facts.values()} <= facts
 
 
+def test_lists_of_widths_may_break_into_lines(page):
+    kinds = {text: own["class"] for own, text in page.all("th", scope="col")}
+    assert (kinds["widths"], kinds["bound"], kinds["variance"]) == ("text", "text", "number")
+
+
 def test_all_columns_exist_in_the_results(data):
     assert {c.key for c in LAYERS if not c.moves} <= set(data.spectra.to_records()[0])
     assert {c.key for c in NODES} == set(data.nodes.at(0.1)[0])

@@ -117,8 +117,8 @@ def table(name: str, caption: str, columns: Sequence[Column], records: Sequence[
         columns: what to show; the first column names the row.
         records: one a row; "vacuous" marks the cells of the columns that can be.
     """
-    numeric = {column.key: all(not isinstance(record.get(column.key), str) for record in records) for column in columns}
-    kinds = {key: "number" if is_number else "text" for key, is_number in numeric.items()}
+    wraps = str | Mapping  # long ones may break into lines; numbers may not
+    kinds = {c.key: "text" if any(isinstance(r.get(c.key), wraps) for r in records) else "number" for c in columns}
     head = "".join(f'<th scope="col" class="{kinds[c.key]}">{_text(c.heading)}</th>' for c in columns)
     rows = []
     for record in records:

@@ -14,15 +14,21 @@ from specprune.testbed.training import (
     save_checkpoint,
     train,
 )
+from specprune.testbed.zoo import ZOO_GRIDS, ZooSetting, zoo_grid, zoo_network, zoo_training_set
+from specprune.testbed.zoo_store import Zoo, ZooNetwork, load_zoo, train_zoo
 
 __all__ = [
     "CATALOG",
+    "ZOO_GRIDS",
     "BasicBlock",
     "Dataset",
     "ImageTask",
     "Recipe",
     "TaskShape",
     "TrainedNetwork",
+    "Zoo",
+    "ZooNetwork",
+    "ZooSetting",
     "build_network",
     "cache_folder",
     "default_recipe",
@@ -31,6 +37,7 @@ __all__ = [
     "initial_network",
     "load_checkpoint",
     "load_dataset",
+    "load_zoo",
     "mlp",
     "randomize_labels",
     "read_cifar_binary",
@@ -38,5 +45,9 @@ __all__ = [
     "resnet",
     "save_checkpoint",
     "train",
+    "train_zoo",
     "vgg",
+    "zoo_grid",
+    "zoo_network",
+    "zoo_training_set",
 ]
