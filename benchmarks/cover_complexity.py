@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from scipy import stats
 from specprune._files import atomic_write, load_arrays, save_arrays, write_text
 from specprune._records import format_table, to_json
 from specprune.analysis.cover_complexity import CoverComplexity, class_distances, cover_from_distances
-from specprune.figures.style import COLOURS, MARKERS, REFERENCE, figure_style, new_figure
+from specprune.figures.style import COLOURS, MARKERS, REFERENCE, figure_style, finish_figure, new_figure
 from specprune.testbed import Dataset, Recipe, default_recipe, load_dataset, train
 
 SIZES = (1000, 5000, 20000)  # and all
@@ -98,6 +98,31 @@ def covers(dataset: Dataset, found: torch.Tensor, size: int, classes: int) -> Co
     )
 
 
+def readings(found: torch.Tensor, targets: torch.Tensor, measured: CoverComplexity) -> dict[str, float]:
+    """Return other ratios of the same kind, none of them the paper's; inf where the difference is not above 0.
+
+    Averaged over the classes j of test images: "closest class" has, for the mutual distance, the class that is closest
+    to class j on average; "closest image" the nearest image of any other class; "squares" squared distances.
+    """
+    own = found.gather(1, targets[:, None])[:, 0]
+    others = found.scatter(1, targets[:, None], math.inf)
+    means = measured.distances.clone().fill_diagonal_(math.inf)  # [i, j]: from class j's images to class i's
+    classes = len(measured.classes)
+
+    def ratio(total: float, apart: float) -> float:
+        return total / apart if apart > 0 else math.inf
+
+    def by_class(values: torch.Tensor) -> float:
+        return float(np.mean([float(values[targets == k].mean()) for k in range(classes)]))
+
+    squares = others.square().masked_fill(others.isinf(), 0).sum(1) / (classes - 1)
+    return {
+        "closest class": ratio(measured.total_distance, float(means.amin(0).mean()) - measured.self_distance),
+        "closest image": ratio(measured.total_distance, by_class(others.amin(1)) - measured.self_distance),
+        "squares": ratio(float(measured.nearest.square().mean()), by_class(squares) - by_class(own.square())),
+    }
+
+
 def neighbour_error(dataset: Dataset, found: torch.Tensor, classes: int) -> float:
     """Return the share of test images whose nearest training image has another label."""
     test = dataset.test_targets < classes
@@ -141,6 +166,131 @@ def plan(dataset: Dataset) -> list[tuple[int, int]]:
     return [(size, dataset.classes) for size in sizes] + [(few, classes) for classes in CLASSES]
 
 
+def measured_record(dataset: Dataset, found: torch.Tensor, size: int, classes: int) -> dict[str, Any]:
+    """Return the cover complexity of one training set, and what else its distances say."""
+    measured = covers(dataset, found, size, classes)
+    test = dataset.test_targets < classes
+    return {
+        "data": dataset.name,
+        "size": size,
+        **measured.to_records()[0],
+        "neighbour_error": neighbour_error(dataset, found, classes),
+        "readings": readings(found[test][:, :classes], dataset.test_targets[test], measured),
+    }
+
+
+def line(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
+    """Return how well y is a multiple of x, or a multiple and a constant.
+
+    "share" is 1 - (sum of squared residuals) / (sum of squared deviations of y from its mean), for either line.
+    """
+    a, b = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    spread = float(np.square(b - b.mean()).sum())
+    multiple = float(a @ b / (a @ a))
+    fitted = stats.linregress(a, b)
+    return {
+        "points": len(a),
+        "multiple": multiple,
+        "share of multiple": 1 - float(np.square(b - multiple * a).sum()) / spread,
+        "slope": float(fitted.slope),
+        "intercept": float(fitted.intercept),
+        "pearson": float(fitted.rvalue),
+        "spearman": float(stats.spearmanr(a, b).statistic),
+    }
+
+
+def fits(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the lines of error / sqrt(K) over cover complexity and over the 1-nearest-neighbour error / sqrt(K)."""
+    names = sorted({record["data"] for record in records})
+    largest = {name: max(record["size"] for record in records if record["data"] == name) for name in names}
+    groups = {
+        "whole sets": [r for r in records if r["size"] == largest[r["data"]] and r["classes"] == 10],
+        "all sizes": [r for r in records if r["classes"] == 10],
+        "all sizes and classes": list(records),
+        "the same without cifar10": [r for r in records if r["data"] != "cifar10"],
+        **{name: [r for r in records if r["data"] == name and r["classes"] == 10] for name in names},
+    }
+    rows = []
+    for group, members in groups.items():
+        for net in NETS:
+            chosen = [record for record in members if record["net"] == net]
+            scaled = [record["test_error"] / math.sqrt(record["classes"]) for record in chosen]
+            for against in ("cover_complexity", "neighbour_error"):
+                root = [math.sqrt(r["classes"]) if against == "neighbour_error" else 1.0 for r in chosen]
+                x = [record[against] / scale for record, scale in zip(chosen, root, strict=True)]
+                if len(chosen) > 2:
+                    rows.append({"group": group, "net": net, "against": against, **line(x, scaled)})
+    return rows
+
+
+def orders(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rank correlation of each reading with the test errors of the sets of all ten classes."""
+    rows = []
+    for net in NETS:
+        chosen = [record for record in records if record["net"] == net and record["classes"] == 10]
+        errors = [record["test_error"] for record in chosen]
+        values = {"cover complexity": [record["cover_complexity"] for record in chosen]}
+        for name in chosen[0]["readings"]:
+            values[name] = [record["readings"][name] for record in chosen]
+        values["1 nearest neighbour"] = [record["neighbour_error"] for record in chosen]
+        # Infinite readings are equal and largest.
+        rows += [
+            {"net": net, "reading": k, "spearman": float(stats.spearmanr(v, errors)[0])} for k, v in values.items()
+        ]
+    return rows
+
+
+def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw the scaled errors over the cover complexity, and the multiple of it that fits best."""
+    with figure_style():
+        figure, (ax,) = new_figure(height=2.6)
+        names = sorted({record["data"] for record in records})
+        for colour, name in zip(COLOURS, names, strict=False):
+            for marker, net in zip(MARKERS, NETS, strict=False):
+                own = [record for record in records if (record["data"], record["net"]) == (name, net)]
+                for few in (False, True):
+                    chosen = [record for record in own if (record["classes"] < 10) == few]
+                    ax.plot(
+                        [record["cover_complexity"] for record in chosen],
+                        [100 * record["test_error"] / math.sqrt(record["classes"]) for record in chosen],
+                        color=colour,
+                        marker=marker,
+                        markersize=4,
+                        linestyle="none" if few else "-",
+                        linewidth=0.6,
+                        markerfacecolor="none" if few else colour,
+                        label=name if marker == MARKERS[0] and not few else None,
+                    )
+        for marker, net in zip(MARKERS, NETS, strict=False):
+            ax.plot([], [], color="0.45", marker=marker, markersize=4, linestyle="none", label=net.partition("-")[0])
+        ax.plot([], [], "s", color="0.45", markersize=4, markerfacecolor="none", label="2 or 5 classes")
+        all_sizes = [record for record in records if record["classes"] == 10]
+        x = np.array([record["cover_complexity"] for record in all_sizes])
+        multiple = line(x, [100 * record["test_error"] / math.sqrt(10) for record in all_sizes])["multiple"]
+        ends = np.array([0.8 * x.min(), 1.2 * x.max()])
+        ax.plot(ends, multiple * ends, **REFERENCE, label="best multiple")
+        ax.set(xscale="log", yscale="log", xlabel="cover complexity", ylabel="test error / sqrt(K)  (%)")
+        finish_figure(figure, "Is the error linear in the cover complexity?")
+        with atomic_write(path) as stream:
+            figure.savefig(stream, format="png", dpi=200)
+
+
+def conclude(records: list[dict[str, Any]], out: Path) -> None:
+    """Print the tables and write them with the figure."""
+    columns = ["data", "size", "classes", "total_distance", "self_distance", "mutual_distance", "cover_complexity"]
+    print(format_table(records, [*columns, "neighbour_error", "net", "epochs", "train_error", "test_error"]))
+    payload = {
+        **where_run("specprune", "torch", "numpy", "scipy"),
+        "fits": fits(records),
+        "orders": orders(records),
+        "records": records,
+    }
+    print(format_table(payload["fits"], title="error / sqrt(K) as a line"))
+    print(format_table(payload["orders"], title="rank correlation with the error, all sizes of ten classes"))
+    write_text(out / "cover_complexity.json", to_json(payload) + "\n")
+    draw(records, out / "cover-complexity.png")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="digits,mnist,fashion-mnist,cifar10")
@@ -151,8 +301,7 @@ def main() -> None:
     options = parser.parse_args()
     runs = options.work / "networks.jsonl"
     datasets = {name: nested(load_dataset(name)) for name in options.data.split(",")}
-    for name, dataset in datasets.items():
-        measured_distances(dataset, options.work)
+    found = {name: measured_distances(dataset, options.work) for name, dataset in datasets.items()}
     if options.part == "distances":
         return
     done = {_key(record) for record in read_records(runs)}
@@ -168,6 +317,12 @@ def main() -> None:
             record = trained_record(datasets[name], size, classes, net, seed)
             append_record(runs, record)
             print(format_table([record]), flush=True)
+    seen = {_key(record): record for record in read_records(runs)}
+    records = []
+    for size, classes, net, seed, name in tasks:
+        measured = measured_record(datasets[name], found[name][size], size, classes)
+        records.append({**measured, **seen[name, size, classes, net, seed]})
+    conclude(records, options.out)
 
 
 if __name__ == "__main__":
