@@ -28,6 +28,7 @@ from specprune.figures.style import COLOURS, MARKERS, REFERENCE, figure_style, f
 from specprune.testbed import Dataset, Recipe, default_recipe, load_dataset, train
 
 SIZES = (1000, 5000, 20000)  # and all
+_LARGEST = 5000  # training set of the convolutional network, but for --whole, which takes half an hour more
 CLASSES = (2, 5)  # and all; fewer classes take the images of the first `_FEW` that belong to them
 NETS = ("mlp-128-128", "vgg-8-8-16-16-32-32")
 _FEW = 5000
@@ -275,16 +276,21 @@ def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
             figure.savefig(stream, format="png", dpi=200)
 
 
-def conclude(records: list[dict[str, Any]], out: Path) -> None:
+def conclude(sets: list[dict[str, Any]], networks: list[dict[str, Any]], out: Path) -> None:
     """Print the tables and write them with the figure."""
-    columns = ["data", "size", "classes", "total_distance", "self_distance", "mutual_distance", "cover_complexity"]
-    print(format_table(records, [*columns, "neighbour_error", "net", "epochs", "train_error", "test_error"]))
+    by_set = {(record["data"], record["size"], record["classes"]): record for record in sets}
+    records = [{**by_set[run["data"], run["size"], run["classes"]], **run} for run in networks]
     payload = {
         **where_run("specprune", "torch", "numpy", "scipy"),
         "fits": fits(records),
         "orders": orders(records),
-        "records": records,
+        "sets": sets,
+        "networks": networks,
     }
+    columns = ["data", "train", "classes", "total_distance", "self_distance", "mutual_distance", "cover_complexity"]
+    print(format_table(sets, [*columns, "neighbour_error"], "distances"))
+    columns = ["data", "train", "classes", "net", "epochs", "cover_complexity", "train_error", "test_error"]
+    print(format_table(records, columns, "networks"))
     print(format_table(payload["fits"], title="error / sqrt(K) as a line"))
     print(format_table(payload["orders"], title="rank correlation with the error, all sizes of ten classes"))
     write_text(out / "cover_complexity.json", to_json(payload) + "\n")
@@ -297,6 +303,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="networks of each kind for each training set")
     parser.add_argument("--work", type=Path, default=Path("results/cover_complexity"))
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks"))
+    parser.add_argument("--whole", action="store_true", help="train the convolutional network on whole sets too")
     parser.add_argument("--part", choices=("distances", "all"), default="all", help="stop after the distances")
     options = parser.parse_args()
     runs = options.work / "networks.jsonl"
@@ -311,6 +318,8 @@ def main() -> None:
         for size, classes in plan(dataset)
         for net in NETS
         for seed in range(options.seeds)
+        # The part below the whole has distances only: errors there end between those of its neighbours.
+        if size != SIZES[-1] and (options.whole or size <= _LARGEST or net.startswith("mlp"))
     ]
     for size, classes, net, seed, name in sorted(tasks):  # small training sets first
         if (name, size, classes, net, seed) not in done:
@@ -318,11 +327,13 @@ def main() -> None:
             append_record(runs, record)
             print(format_table([record]), flush=True)
     seen = {_key(record): record for record in read_records(runs)}
-    records = []
-    for size, classes, net, seed, name in tasks:
-        measured = measured_record(datasets[name], found[name][size], size, classes)
-        records.append({**measured, **seen[name, size, classes, net, seed]})
-    conclude(records, options.out)
+    sets = [
+        measured_record(dataset, found[name][size], size, classes)
+        for name, dataset in datasets.items()
+        for size, classes in plan(dataset)
+    ]
+    networks = [seen[name, size, classes, net, seed] for size, classes, net, seed, name in tasks]
+    conclude(sets, networks, options.out)
 
 
 if __name__ == "__main__":

@@ -109,11 +109,11 @@ def test_a_stopped_run_goes_on_and_sums_up(digits, tmp_path, monkeypatch):
     assert len(lines) == 2 * (2 + 2)
     first = json.loads((tmp_path / "out" / "cover_complexity.json").read_text())
     few = [int((small.train_targets < classes).sum()) for classes in (2, 5)]
-    assert [record["train"] for record in first["records"]][::2] == [200, 300, *few]
+    assert [record["train"] for record in first["sets"]] == [200, 300, *few]
     runs.write_text("".join(lines[:-1]) + lines[-1][:20])
     monkeypatch.setattr(benchmark, "train", count := Counted(benchmark.train))
     benchmark.main()
     assert count.calls == 1
     again = json.loads((tmp_path / "out" / "cover_complexity.json").read_text())
-    assert [r["test_error"] for r in again["records"]] == [r["test_error"] for r in first["records"]]
+    assert [r["test_error"] for r in again["networks"]] == [r["test_error"] for r in first["networks"]]
     assert (tmp_path / "out" / "cover-complexity.png").stat().st_size > 1000

@@ -10,8 +10,10 @@ The paper has these as covers, rho = int_0^1 h(sqrt(d) r) dr with h(r) the proba
 the training points.  Derived: rho = 1 - E nn / sqrt(d) (Fubini; no distance in the box exceeds sqrt(d)), so
 (1 - total cover) / (self cover - mutual cover) is the ratio above, and the unit of length cancels.
 
-Source: Jin, Lu, Tang and Karniadakis 2019 (arXiv:1905.11427).  The definitions are as recalled in the project's theory
-notes, C.2; what is marked derived is derived there or here.
+Source: Jin, Lu, Tang and Karniadakis 2019 (arXiv:1905.11427).  Its abstract, which was read, has the name, the inverse
+modulus of continuity, and the claim that the error divided by sqrt(K) is linear in the cover complexity.  The
+definitions are as recalled in the project's theory notes, C.2; what is marked derived is derived there or here.  What
+was measured is in docs/measures.md.
 """
 
 from __future__ import annotations
