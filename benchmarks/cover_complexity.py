@@ -203,9 +203,12 @@ def line(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
 def fits(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the lines of error / sqrt(K) over cover complexity and over the 1-nearest-neighbour error / sqrt(K)."""
     names = sorted({record["data"] for record in records})
-    largest = {name: max(record["size"] for record in records if record["data"] == name) for name in names}
+    most: dict[tuple[str, str], int] = {}
+    for record in records:
+        key = record["data"], record["net"]
+        most[key] = max(most.get(key, 0), record["size"])
     groups = {
-        "whole sets": [r for r in records if r["size"] == largest[r["data"]] and r["classes"] == 10],
+        "largest sizes": [r for r in records if r["size"] == most[r["data"], r["net"]] and r["classes"] == 10],
         "all sizes": [r for r in records if r["classes"] == 10],
         "all sizes and classes": list(records),
         "the same without cifar10": [r for r in records if r["data"] != "cifar10"],
@@ -304,7 +307,12 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("results/cover_complexity"))
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks"))
     parser.add_argument("--whole", action="store_true", help="train the convolutional network on whole sets too")
-    parser.add_argument("--part", choices=("distances", "all"), default="all", help="stop after the distances")
+    parser.add_argument(
+        "--part",
+        choices=("distances", "conclude", "all"),
+        default="all",
+        help="stop after the distances, or sum up the networks that there are, or everything",
+    )
     options = parser.parse_args()
     runs = options.work / "networks.jsonl"
     datasets = {name: nested(load_dataset(name)) for name in options.data.split(",")}
@@ -322,7 +330,7 @@ def main() -> None:
         if size != SIZES[-1] and (options.whole or size <= _LARGEST or net.startswith("mlp"))
     ]
     for size, classes, net, seed, name in sorted(tasks):  # small training sets first
-        if (name, size, classes, net, seed) not in done:
+        if options.part == "all" and (name, size, classes, net, seed) not in done:
             record = trained_record(datasets[name], size, classes, net, seed)
             append_record(runs, record)
             print(format_table([record]), flush=True)
@@ -332,7 +340,8 @@ def main() -> None:
         for name, dataset in datasets.items()
         for size, classes in plan(dataset)
     ]
-    networks = [seen[name, size, classes, net, seed] for size, classes, net, seed, name in tasks]
+    keys = [(name, size, classes, net, seed) for size, classes, net, seed, name in tasks]
+    networks = [seen[key] for key in keys if key in seen]
     conclude(sets, networks, options.out)
 
 

@@ -97,7 +97,7 @@ def test_lines_by_hand():
 
 def test_a_stopped_run_goes_on_and_sums_up(digits, tmp_path, monkeypatch):
     small = replace(digits, train_inputs=digits.train_inputs[:300], train_targets=digits.train_targets[:300])
-    monkeypatch.setattr(benchmark, "SIZES", (200,))
+    monkeypatch.setattr(benchmark, "SIZES", (200, 250))
     monkeypatch.setattr(benchmark, "_EPOCHS", {"mlp": 1, "vgg": 1})
     monkeypatch.setattr(benchmark, "load_dataset", lambda name: small)
     monkeypatch.setattr(benchmark, "nested", lambda dataset: dataset)
@@ -109,7 +109,7 @@ def test_a_stopped_run_goes_on_and_sums_up(digits, tmp_path, monkeypatch):
     assert len(lines) == 2 * (2 + 2)
     first = json.loads((tmp_path / "out" / "cover_complexity.json").read_text())
     few = [int((small.train_targets < classes).sum()) for classes in (2, 5)]
-    assert [record["train"] for record in first["sets"]] == [200, 300, *few]
+    assert [record["train"] for record in first["sets"]] == [200, 250, 300, *few]
     runs.write_text("".join(lines[:-1]) + lines[-1][:20])
     monkeypatch.setattr(benchmark, "train", count := Counted(benchmark.train))
     benchmark.main()
