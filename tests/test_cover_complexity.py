@@ -10,7 +10,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from specprune.analysis import cover_complexity as module
-from specprune.analysis.cover_complexity import cover_complexity, smoothness
+from specprune.analysis.cover_complexity import (
+    class_distances,
+    cover_complexity,
+    cover_from_distances,
+    smoothness,
+)
 from specprune.testbed.datasets import load_dataset
 
 
@@ -78,6 +83,53 @@ def test_blocks_do_not_change_the_distances(block, monkeypatch):
     assert torch.equal(found.distances, whole.distances)
     apart = (data[2][:, None] - data[0][None]).square().sum(2).sqrt()
     np.testing.assert_allclose(found.nearest, apart.min(1).values, rtol=1e-14)
+
+
+def test_distances_of_nested_training_sets_and_of_fewer_classes_are_at_hand_after_one_pass():
+    (train, labels), (test, test_labels) = clusters(60, 23, classes=4), clusters(41, 24, classes=4)
+    classes = torch.arange(4)
+    apart = (test[:, None] - train[None]).norm(dim=2)
+    nearest = torch.full((41, 4), math.inf, dtype=torch.float64)
+    for start, stop in ((0, 7), (7, 30), (30, 60)):
+        part = class_distances(train[start:stop], labels[start:stop], test, classes)
+        nearest = torch.minimum(nearest, part)
+        dense = torch.stack([apart[:, :stop].where(labels[:stop] == k, math.inf).amin(1) for k in range(4)], dim=1)
+        np.testing.assert_allclose(nearest, dense, rtol=1e-13)
+        whole = cover_complexity(train[:stop], labels[:stop], test, test_labels)
+        found = cover_from_distances(nearest, test_labels, classes, stop, 5, unit_box=True)
+        assert json.loads(found.to_json()) == json.loads(whole.to_json())
+        assert torch.equal(found.nearest, whole.nearest)
+    few, few_test = labels < 2, test_labels < 2
+    whole = cover_complexity(train[few], labels[few], test[few_test], test_labels[few_test])
+    found = cover_from_distances(
+        nearest[few_test][:, :2], test_labels[few_test], classes[:2], int(few.sum()), 5, unit_box=True
+    )
+    # Another centre of the products may round a distance differently, no more.
+    np.testing.assert_allclose(found.distances, whole.distances, rtol=1e-14)
+    assert found.cover_complexity == pytest.approx(whole.cover_complexity, rel=1e-13)
+
+
+def test_distances_that_do_not_fit_are_refused():
+    (train, labels), (test, test_labels) = clusters(20, 25), clusters(10, 26)
+    classes = torch.arange(3)
+    missing = class_distances(train[labels < 2], labels[labels < 2], test, classes)
+    assert torch.all(missing[:, 2] == math.inf)
+    assert torch.all(missing[:, :2].isfinite())
+    whole = class_distances(train, labels, test, classes)
+    for found, targets, message in (
+        (missing, test_labels, "expected a finite number for each test point and class"),
+        (whole[1:], test_labels, "for 10 test points and 3 classes"),
+        (whole, test_labels.clamp(max=1), r"labels \[0, 1\]; expected all of \[0, 1, 2\]"),
+        (0 * whole, test_labels, "one and the same point"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cover_from_distances(found, targets, classes, 20, 5, unit_box=True)
+    with pytest.raises(ValueError, match="at least two classes"):
+        cover_from_distances(whole[:, :1], 0 * test_labels, classes[:1], 20, 5, unit_box=True)
+    with pytest.raises(ValueError, match="same inner shape"):
+        class_distances(train[:, :4], labels, test, classes)
+    with pytest.raises(ValueError, match="test inputs: got"):
+        class_distances(train, labels, test[:0], classes)
 
 
 def test_order_scale_rotation_shift_and_label_names_do_not_matter():

@@ -10,8 +10,10 @@ The paper has these as covers, rho = int_0^1 h(sqrt(d) r) dr with h(r) the proba
 the training points.  Derived: rho = 1 - E nn / sqrt(d) (Fubini; no distance in the box exceeds sqrt(d)), so
 (1 - total cover) / (self cover - mutual cover) is the ratio above, and the unit of length cancels.
 
-Source: Jin, Lu, Tang and Karniadakis 2019 (arXiv:1905.11427).  The definitions are as recalled in the project's theory
-notes, C.2; what is marked derived is derived there or here.
+Source: Jin, Lu, Tang and Karniadakis 2019 (arXiv:1905.11427).  Its abstract, which was read, has the name, the inverse
+modulus of continuity, and the claim that the error divided by sqrt(K) is linear in the cover complexity.  The
+definitions are as recalled in the project's theory notes, C.2; what is marked derived is derived there or here.  What
+was measured is in docs/measures.md.
 """
 
 from __future__ import annotations
@@ -162,19 +164,84 @@ def cover_complexity(
     """
     _check_part("train", train_inputs, train_targets)
     _check_part("test", test_inputs, test_targets)
-    if train_inputs.shape[1:] != test_inputs.shape[1:] or train_inputs.device != test_inputs.device:
-        raise ValueError(
-            f"train inputs have shape {tuple(train_inputs.shape)} on {train_inputs.device}, test inputs "
-            f"{tuple(test_inputs.shape)} on {test_inputs.device}; expected the same inner shape and device"
-        )
+    _check_alike(train_inputs, test_inputs)
     classes = _check_classes(train_targets, test_targets)
+    found = _class_distances(train_inputs, train_targets, test_inputs, classes)
+    parts = (train_inputs, test_inputs)
+    unit_box = all(float(part.min()) >= 0 and float(part.max()) <= 1 for part in parts)
+    sizes = len(train_inputs), train_inputs[0].numel()
+    return cover_from_distances(found, test_targets, classes, *sizes, unit_box=unit_box)
+
+
+@torch.no_grad()
+def class_distances(train_inputs: Tensor, train_targets: Tensor, test_inputs: Tensor, classes: Tensor) -> Tensor:
+    """Return how far each test point is from the nearest training point of each class.
+
+    [p, i] = nn(x_p, T_i), inf for a class without training points here.  Of training sets in parts, the distances are
+    the smallest of the parts' (derived), so that nested sets cost one pass; `cover_from_distances` goes on from there.
+
+    Args:
+        train_inputs: finite numbers of any type, shape (n, ...).
+        train_targets: whole-number labels, shape (n,).
+        test_inputs: shape (m, ...) with the same inner shape.
+        classes: the labels of the columns, shape (K,); training points of other labels are left out.
+
+    Returns:
+        float64 on the CPU, shape (m, K), exact up to the rounding of |x - y| itself.
+
+    Raises:
+        ValueError: shapes, types or devices that do not fit; inputs that are not finite.
+
+    Source: derived.
+    """
+    _check_part("train", train_inputs, train_targets)
+    _check_part("test", test_inputs, torch.zeros(len(test_inputs), dtype=torch.int64))
+    _check_alike(train_inputs, test_inputs)
+    return _class_distances(train_inputs, train_targets, test_inputs, classes)
+
+
+def cover_from_distances(
+    found: Tensor, test_targets: Tensor, classes: Tensor, train: int, dimension: int, *, unit_box: bool
+) -> CoverComplexity:
+    """Return the cover complexity of distances between test points and classes that are known already.
+
+    Args:
+        found: [p, i] is the distance of test point p to the training points of class i, finite, shape (m, K).
+        test_targets: labels, each one of `classes`, shape (m,).
+        classes: the labels of the columns, rising, shape (K,), K at least 2.
+        train: number of training points.
+        dimension: numbers in an input.
+        unit_box: whether all inputs lie in [0, 1]^d.
+
+    Raises:
+        ValueError: shapes that do not fit, distances that are not finite, a class without test points, a test point
+            of another class, or nothing but zero distances.
+
+    Source: Jin, Lu, Tang and Karniadakis 2019 (arXiv:1905.11427), as recalled; computation derived.
+    """
+    labels = test_targets.cpu()
+    if found.shape != (len(labels), len(classes)) or len(classes) < 2 or not bool(found.isfinite().all()):
+        raise ValueError(
+            f"distances: got shape {tuple(found.shape)} for {len(labels)} test points and {len(classes)} classes; "
+            "expected a finite number for each test point and class, and at least two classes"
+        )
+    if torch.unique(labels).tolist() != classes.tolist():
+        raise ValueError(
+            f"test points have labels {torch.unique(labels).tolist()}; expected all of {classes.tolist()}, no others"
+        )
+    distances = torch.stack([found[labels == label].mean(0) for label in classes], dim=1)
+    if float(distances.max()) == 0:
+        raise ValueError("all inputs are one and the same point: no distance tells classes apart")
+    return CoverComplexity(classes, train, len(labels), dimension, unit_box, distances, found.amin(1))
+
+
+def _class_distances(train_inputs: Tensor, train_targets: Tensor, test_inputs: Tensor, classes: Tensor) -> Tensor:
     train, test = train_inputs.flatten(1), test_inputs.flatten(1)
-    members = [train_targets.to(train.device) == label for label in classes]
     centre = _mean(train)
     squares = torch.full((len(test), len(classes)), math.inf, dtype=torch.float64, device=test.device)
     with tqdm(total=len(test) * len(classes), desc="nearest neighbours", leave=False, disable=None) as bar:
-        for column, member in enumerate(members):
-            rows = member.nonzero()[:, 0]
+        for column, label in enumerate(classes.tolist()):
+            rows = (train_targets.to(train.device) == label).nonzero()[:, 0]
             for start in range(0, len(test), _BLOCK):
                 points = test[start : start + _BLOCK].double()
                 best = squares[start : start + _BLOCK, column]
@@ -182,14 +249,7 @@ def cover_complexity(
                     references = train[rows[first : first + _BLOCK]].double()
                     torch.minimum(best, _nearest(points, references, centre)[0], out=best)
                 bar.update(len(points))
-    found = squares.sqrt().cpu()
-    labels = test_targets.cpu()
-    distances = torch.stack([found[labels == label].mean(0) for label in classes], dim=1)
-    if float(distances.max()) == 0:
-        raise ValueError("all inputs are one and the same point: no distance tells classes apart")
-    unit_box = all(float(part.min()) >= 0 and float(part.max()) <= 1 for part in (train, test))
-    nearest = found.amin(1)
-    return CoverComplexity(classes, len(train), len(test), train.shape[1], unit_box, distances, nearest)
+    return squares.sqrt().cpu()
 
 
 @dataclass(frozen=True)
@@ -354,6 +414,14 @@ def _check_part(label: str, inputs: Tensor, targets: Tensor) -> None:
             f"({len(inputs)},), a label for each input"
         )
     _check_finite(f"{label} inputs", inputs)
+
+
+def _check_alike(train_inputs: Tensor, test_inputs: Tensor) -> None:
+    if train_inputs.shape[1:] != test_inputs.shape[1:] or train_inputs.device != test_inputs.device:
+        raise ValueError(
+            f"train inputs have shape {tuple(train_inputs.shape)} on {train_inputs.device}, test inputs "
+            f"{tuple(test_inputs.shape)} on {test_inputs.device}; expected the same inner shape and device"
+        )
 
 
 def _check_classes(train_targets: Tensor, test_targets: Tensor) -> Tensor:
