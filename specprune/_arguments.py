@@ -11,6 +11,7 @@ import specprune
 from specprune.analysis.certify import STARTS
 from specprune.analysis.comparison import KEEPS
 from specprune.analysis.comparison import METHODS as COMPARED
+from specprune.analysis.measures import MEASURES
 from specprune.compress.allocation import ALLOCATIONS
 from specprune.compress.choice import SELECTIONS
 from specprune.compress.low_rank_cost import LOW_RANK_MEASURES
@@ -227,6 +228,21 @@ def build_parser() -> argparse.ArgumentParser:
     zoo.add_argument("--json", action="store_true", help="print JSON instead of tables")
     zoo.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default cpu)")
 
+    measures = _command(
+        commands,
+        "measures",
+        "print what measures of generalization say of a network, or rank them over a zoo; without either, list them",
+        "specprune measures --weights results/mnist/mnist-mlp-300-1000-300-0.npz\n"
+        "  specprune measures --zoo results/zoo --jobs 2 --out results/zoo-measures",
+    )
+    measures.add_argument("names", nargs="*", type=_measure, help="which measures; by default all")
+    measures.add_argument(
+        "--zoo", type=Path, help="folder of 'specprune zoo'; finished networks are not measured again"
+    )
+    measures.add_argument("--jobs", type=_positive_int, default=1, help="processes at once (default 1)")
+    _add_problem(measures)
+    _add_common(measures)
+
     figures = _command(
         commands,
         "figures",
@@ -236,6 +252,18 @@ def build_parser() -> argparse.ArgumentParser:
     figures.add_argument("names", nargs="*", type=_figure, help="which figures; by default all")
     _add_problem(figures)
     _add_common(figures)
+
+    report = _command(
+        commands,
+        "report",
+        "one HTML page about a network: spectra with a slider for lambda, trade-off, bounds, pruning",
+        "specprune report --weights results/mnist-mlp-300-1000-300-0.npz --out results",
+    )
+    _add_problem(report)
+    _add_pruning(report, keep=0.3)
+    _add_delta(report)
+    report.add_argument("--no-tradeoff", action="store_true", help="leave out the trade-off curve, which takes longest")
+    _add_common(report)
     return parser
 
 
@@ -414,11 +442,21 @@ def _descent_figure(text: str) -> str:
     return text
 
 
+def _measure(text: str) -> str:
+    if text not in MEASURES:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected one of {', '.join(MEASURES)}")
+    return text
+
+
 def check_problem(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Refuse options that do not fit together."""
     if not hasattr(options, "weights"):
         return
     nothing = options.weights is None and options.model is None
+    if options.command == "measures" and (nothing or options.zoo is not None):
+        if options.zoo is not None and not nothing:
+            parser.error("measures: --zoo ranks the measures over its own networks; leave out --weights and --model")
+        return
     if nothing and (options.command != "figures" or options.data is not None):
         parser.error(f"{options.command}: no network: give --weights FILE (of 'specprune train') or --model")
     if options.model is not None and options.data is None:

@@ -58,6 +58,30 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         stream.write(text.encode("utf-8"))
 
 
+def append_line(path: str | os.PathLike[str], line: str) -> None:
+    """Append one line of text to a file; a line that a kill left unfinished is removed first."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target, "ab+") as stream:
+        stream.seek(0)
+        content = stream.read()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            stream.truncate(whole)
+        stream.write(line.encode("utf-8") + b"\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def read_lines(path: str | os.PathLike[str]) -> list[str]:
+    """Return the finished lines of a file that `append_line` wrote; none if there is no such file."""
+    try:
+        content = Path(path).read_bytes()
+    except FileNotFoundError:
+        return []
+    return content[: content.rfind(b"\n") + 1].decode("utf-8").splitlines()
+
+
 def save_arrays(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], header: Mapping[str, Any]) -> None:
     """Save named arrays and a JSON header in one `.npz` file, whole or not at all.
 

@@ -17,6 +17,7 @@ import torch
 import specprune
 from specprune._arguments import build_parser, check_problem
 from specprune._files import write_text
+from specprune._measures import measured_zoo
 from specprune._problem import Problem, load_problem, torch_device
 from specprune._records import format_table, to_json
 from specprune._trends import default_plan, trend_points
@@ -26,9 +27,11 @@ from specprune.analysis.certify import certify
 from specprune.analysis.comparison import METHODS as COMPARED
 from specprune.analysis.comparison import classifier_error, compare
 from specprune.analysis.evaluation import collect_logits, error_rate
+from specprune.analysis.measures import network_measures, registry_records, registry_table
 from specprune.analysis.posterior import Posterior, train_posterior
 from specprune.analysis.trends import bound_trends
 from specprune.compress import CalibrationData, Pruned
+from specprune.compress.batches import batch_inputs, batch_size, batch_targets
 from specprune.testbed import (
     ZOO_GRIDS,
     Dataset,
@@ -365,6 +368,52 @@ def run_zoo(options: argparse.Namespace) -> None:
     _show(options, "zoo-summary", found)
 
 
+def run_measures(options: argparse.Namespace) -> None:
+    """Print the measures of a network, rank them over a zoo, or list them."""
+    names = options.names or None
+    if options.zoo is not None:
+        from specprune.figures.measures import save_zoo_figures  # draws; the other commands do without
+
+        found = measured_zoo(
+            options.zoo,
+            options.data,
+            options.data_dir,
+            options.out / "measured.jsonl",
+            names,
+            jobs=options.jobs,
+            seed=options.seed,
+        )
+        _show(options, "measures", found)
+        for path in save_zoo_figures(found.table, found.ranking, options.out):
+            _say(options, f"[{path}]")
+    elif options.weights is None and options.model is None:
+        print(to_json(registry_records()) if options.json else registry_table())
+    else:
+        problem = _problem(options)
+        pairs = [(batch_inputs(batch), batch_targets(batch)) for batch in problem.train]
+        inputs, targets = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+        _show(
+            options,
+            "measures",
+            network_measures(
+                problem.model,
+                inputs,
+                targets,
+                names,
+                start=problem.initial,
+                population=_population(problem),
+                seed=options.seed,
+            ),
+        )
+
+
+def _population(problem: Problem) -> tuple[torch.Tensor, torch.Tensor] | None:
+    if problem.test is None:
+        return None
+    pairs = [(batch_inputs(batch), batch_targets(batch)) for batch in problem.test]
+    return torch.cat([inputs for inputs, _ in pairs]), torch.cat([targets for _, targets in pairs])
+
+
 def run_figures(options: argparse.Namespace) -> None:
     """Draw the figures for a network; without one, for a net trained on the built-in digits."""
     from specprune.figures import FigureSetting, make_figures  # draws; the other commands do without
@@ -382,6 +431,75 @@ def run_figures(options: argparse.Namespace) -> None:
         )
     paths = make_figures(setting, options.out, options.names or None)
     print(to_json(paths) if options.json else "\n".join(str(path) for path in paths))
+
+
+def run_report(options: argparse.Namespace) -> None:
+    """Write one HTML page about a network: spectra with a slider for lambda, trade-off, bounds, pruning."""
+    from specprune.figures import (
+        ReportData,
+        network_facts,
+        prunable_nodes,
+        write_report,
+    )  # draws; the others do without
+
+    problem = _problem(options)
+    model, batches = problem.model, problem.calibration(options.calibration)
+    radius = options.input_radius or problem.input_radius
+    notes: list[str] = []
+
+    def attempt(what: str, compute: Callable[[], Any]) -> Any:
+        """Return a part of the page, or note there why it is missing."""
+        try:
+            return compute()
+        except (ValueError, TypeError) as reason:
+            notes.append(f"No {what}: {reason}")
+            return None
+
+    facts = {**network_facts(model, batches), **_report_facts(options, problem)}
+    spectra = specprune.layer_spectra(model, batches)
+    nodes = attempt("nodes to prune", lambda: prunable_nodes(model, batches, options.seed))
+    pruned = attempt("pruning", lambda: _prune(options, problem))
+    common = {"delta": options.delta, "input_radius": radius, "seed": options.seed}
+    bounds = attempt(
+        "bounds",
+        lambda: specprune.bound_table(model, problem.train, pruned, problem.test, reference=problem.initial, **common),
+    )
+    curve = None
+    if options.no_tradeoff:
+        notes.append("No trade-off curve: left out with --no-tradeoff")
+    else:
+        curve = attempt(
+            "trade-off curve",
+            lambda: specprune.tradeoff(model, problem.train, problem.test, calibration=batches, **common),
+        )
+    data = ReportData(
+        title=problem.label,
+        facts=facts,
+        spectra=spectra,
+        nodes=nodes,
+        tradeoff=curve,
+        bounds=bounds,
+        prune=None if pruned is None else pruned.report,
+        notes=tuple(notes),
+    )
+    _show(options, "report", data)
+    write_report(data, options.out / "report.html")
+    _say(options, f"[{options.out / 'report.html'}]")
+
+
+def _report_facts(options: argparse.Namespace, problem: Problem) -> dict[str, str]:
+    """Return what is known of the data, the errors and the run, as text for the head of the page."""
+    facts = {"data": str(options.data or (problem.recipe and problem.recipe.data))}
+    for name, batches in (("training", problem.train), ("test", problem.test)):
+        if batches is None:
+            continue
+        data = CalibrationData(batches)
+        facts[f"{name} samples"] = str(sum(batch_size(batch) for batch in batches))
+        error = classifier_error(problem.model, data)
+        facts[f"{name} error"] = "not known: no labels" if error is None else f"{error:.2%}"
+    facts["seed"] = str(options.seed)
+    facts["versions"] = f"specprune {specprune.__version__}, torch {torch.__version__}, numpy {np.__version__}"
+    return facts
 
 
 def _prune(options: argparse.Namespace, problem: Problem, latency: bool = False) -> Pruned:
@@ -426,5 +544,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "verify": run_verify,
     "double-descent": run_double_descent,
     "zoo": run_zoo,
+    "measures": run_measures,
     "figures": run_figures,
+    "report": run_report,
 }

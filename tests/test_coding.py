@@ -145,3 +145,13 @@ def test_folded_norms_are_paid_as_biases():
     network = quantise_network(fold_batch_norms(model, CalibrationData([x])), 4)
     assert sorted(network.counts) == sorted([27, 3, 9 * 12, 4, 8, 2])
     assert sum(network.counts) == sum(parameter.numel() for parameter in network.model.parameters())
+
+
+def test_folded_networks_can_still_be_pruned_and_trained():
+    net = with_statistics(vgg((4, 4), 3, 1))
+    folded = fold_batch_norms(net, CalibrationData([torch.rand(4, 1, 8, 8, dtype=torch.float64)]))
+    assert all(parameter.requires_grad for parameter in folded.parameters())
+    for parameter in net.parameters():
+        parameter.requires_grad_(False)
+    frozen = fold_batch_norms(net, CalibrationData([torch.rand(4, 1, 8, 8, dtype=torch.float64)]))
+    assert not any(parameter.requires_grad for name, parameter in frozen.named_parameters() if "conv" in name)

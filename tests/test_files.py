@@ -6,7 +6,7 @@ import stat
 import numpy as np
 import pytest
 
-from specprune._files import atomic_write, load_arrays, save_arrays, write_text
+from specprune._files import append_line, atomic_write, load_arrays, read_lines, save_arrays, write_text
 
 
 def names(folder):
@@ -149,3 +149,18 @@ def test_every_truncation_and_flipped_byte_is_noticed(tmp_path):
                 assert set(arrays) <= {"numbers"}
                 assert all(np.array_equal(array, np.arange(50.0)) for array in arrays.values())
     assert refused > len(content)
+
+
+def test_lines_are_whole_after_a_kill(tmp_path):
+    path = tmp_path / "made" / "lines.jsonl"
+    assert read_lines(path) == []
+    append_line(path, "one")
+    append_line(path, "zwei ä")
+    assert read_lines(path) == ["one", "zwei ä"]
+    content = path.read_bytes()
+    for cut in range(len(content)):  # a kill in the middle of any write
+        path.write_bytes(content[:cut])
+        whole = content[:cut].decode(errors="ignore").split("\n")[:-1]
+        assert read_lines(path) == whole
+        append_line(path, "three")
+        assert read_lines(path) == [*whole, "three"]

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from specprune.compress.batches import CalibrationData, batch_targets
 from specprune.compress.layers import is_layer
 
+_CPU_ROWS, _DEVICE_ROWS = 512, 8192  # inputs run at a time: what suits caches, and what keeps an accelerator busy
+
 
 def double_copy(model: nn.Module) -> nn.Module:
     """Return a float64 copy of a network in evaluation mode, whose layers take inputs of every floating type.
@@ -129,3 +131,51 @@ def error_rate(logits: np.ndarray, targets: np.ndarray) -> float:
 def root_mean_square(values: np.ndarray) -> float:
     """Return sqrt of the mean over samples of the squared Euclidean norm of the rows, ||f||_n."""
     return float(np.sqrt(np.mean(np.sum(np.square(values), axis=1))))
+
+
+def run_in_parts(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Return the outputs of a network in evaluation mode on all inputs, run some hundreds at a time."""
+    rows = _CPU_ROWS if inputs.device.type == "cpu" else _DEVICE_ROWS
+    return torch.cat([model(part) for part in inputs.split(rows)])
+
+
+def check_labelled(model: nn.Module, inputs: Tensor, targets: Tensor) -> None:
+    """Check that inputs (n, ...) and int64 targets (n,) are tensors on the model's device, n at least 1.
+
+    Raises:
+        TypeError: inputs or targets that are not tensors.
+        ValueError: shapes, types or devices that do not fit.
+    """
+    for name, value in (("inputs", inputs), ("targets", targets)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} is a {type(value).__name__}; expected a torch.Tensor")
+    if inputs.ndim < 1 or len(inputs) == 0 or targets.shape != inputs.shape[:1] or targets.dtype != torch.int64:
+        raise ValueError(
+            f"inputs of shape {tuple(inputs.shape)}, targets of shape {tuple(targets.shape)} and {targets.dtype}: "
+            "expected (n, ...) and int64 of shape (n,), n at least 1"
+        )
+    devices = {str(value.device) for value in (inputs, targets, *model.parameters())}
+    if len(devices) > 1:
+        raise ValueError(f"model, inputs and targets lie on the devices {sorted(devices)}; move them to one")
+
+
+def checked_logits(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Return a classifier's logits on labelled tensors, after checking that everything fits.
+
+    Args:
+        model: in evaluation mode.
+        inputs: as in `check_labelled`.
+        targets: class numbers, as there.
+
+    Returns:
+        Float64, shape (n, classes).
+
+    Raises:
+        TypeError: as in `check_labelled`.
+        ValueError: as there; targets that are no class numbers, or outputs that are not finite logits.
+    """
+    check_labelled(model, inputs, targets)
+    with torch.no_grad():
+        outputs = run_in_parts(model, inputs).double()
+    _checked(outputs.cpu().numpy(), targets.cpu().numpy())
+    return outputs

@@ -65,7 +65,10 @@ def fold_batch_norms(model: nn.Module, data: CalibrationData) -> nn.Module:
         if norm.bias is None:
             norm.bias = nn.Parameter(torch.zeros_like(norm.running_mean))
         fuse = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
-        work.set_submodule(name, fuse(layer, norm))
+        fused = fuse(layer, norm)
+        for parameter in fused.parameters():  # torch freezes a bias that was not there before
+            parameter.requires_grad_(layer.weight.requires_grad)
+        work.set_submodule(name, fused)
         work.set_submodule(norm_name, nn.Identity())
     left = [name for name, module in work.named_modules() if isinstance(module, NORMS)]
     if left:

@@ -170,10 +170,10 @@ def _module_terms(module: nn.Module, flops: float, inputs: Shares, outputs: Shar
     return [CostTerm(flops * share, inputs, outputs), CostTerm(flops * (1 - share), outputs, outputs)]
 
 
-def smallest_fraction(model: nn.Module, data: CalibrationData) -> float:
-    """Return which fraction of the FLOPs is left with one unit in every group: no budget below it can be met."""
+def smallest_fraction(model: nn.Module, data: CalibrationData, measure: str = "flops") -> float:
+    """Return which fraction of the cost is left with one unit in every group: no budget below it can be met."""
     structure = find_groups(model, data)
-    cost = cost_model(structure.prepared(model), data, structure.groups, "flops")
+    cost = cost_model(structure.prepared(model), data, structure.groups, measure)
     return cost.total(dict.fromkeys(cost.full, 1)) / cost.total()
 
 

@@ -1,0 +1,189 @@
+"""The networks of a zoo, measured: what `specprune measures` runs, and goes on with after a stop."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from joblib import Parallel, delayed
+from tqdm import tqdm
+
+from specprune._files import append_line, read_lines
+from specprune._records import to_json
+from specprune.analysis.measure_ranking import MeasureRanking, rank_measures
+from specprune.analysis.measure_table import MeasureTable
+from specprune.analysis.measures import find_measures, measure_table, network_measures
+from specprune.testbed import Dataset, load_dataset
+from specprune.testbed.zoo import zoo_training_set
+from specprune.testbed.zoo_store import ZooNetwork, load_zoo
+
+logger = logging.getLogger(__name__)
+
+_SETTINGS_LEFT_OUT = ("data", "seed")  # one data set a zoo; networks that differ in the seed are repeats
+
+
+@dataclass(frozen=True)
+class MeasuredZoo:
+    """The measures of all networks of a zoo that reached the training loss, and how well they predict the gap.
+
+    Attributes:
+        table: measures with the sign that predicts a larger gap.
+        ranking: of the measures.
+        left_out: networks that did not converge.
+        dropped: measure to reason, for those that are not defined for all networks.
+    """
+
+    table: MeasureTable
+    ranking: MeasureRanking
+    left_out: int
+    dropped: dict[str, str]
+
+    def to_json(self) -> str:
+        """Return ranking, table and what was left out as JSON."""
+        columns = {**self.table.hyperparameters, **self.table.measures, "gap": self.table.gap}
+        return to_json(
+            {
+                "ranking": json.loads(self.ranking.to_json()),
+                "left_out": self.left_out,
+                "dropped": self.dropped,
+                "n_test": self.table.n_test,
+                "hyperparameters": list(self.table.hyperparameters),
+                "networks": columns,
+            }
+        )
+
+    def __str__(self) -> str:
+        lines = [str(self.ranking)]
+        if self.left_out:
+            lines.append(f"{self.left_out} networks did not reach the training loss and are left out")
+        return "\n".join([*lines, *(f"{name}: left out, {reason}" for name, reason in self.dropped.items())])
+
+
+def measured_zoo(
+    folder: str | os.PathLike[str],
+    data: str | None,
+    data_dir: str | os.PathLike[str] | None,
+    records: str | os.PathLike[str],
+    names: Sequence[str] | None = None,
+    *,
+    jobs: int = 1,
+    resamples: int = 400,
+    seed: int = 0,
+) -> MeasuredZoo:
+    """Measure the networks of a zoo and rank the measures.
+
+    Args:
+        folder: of the zoo.
+        data: name of the data set; None for that of the first network.
+        data_dir: where to look for it first.
+        records: file of what was measured, a line a network; networks that are in it are not measured again.
+        names: measures; None for all.
+        jobs: processes.
+        resamples: of the ranking's intervals.
+        seed: of random choices.
+
+    Raises:
+        ValueError: unknown measures, a zoo of other data, or too few networks that converged.
+    """
+    chosen = [measure.name for measure in find_measures(names)]
+    zoo = load_zoo(folder)
+    networks = [network for network in zoo.networks if network.converged]
+    if len(networks) < 2:
+        raise ValueError(f"{folder}: {len(networks)} of {len(zoo.networks)} networks converged; a ranking needs two")
+    dataset = load_dataset(data or networks[0].setting.data, data_dir)
+    found = measured_networks(networks, dataset, records, chosen, jobs=jobs, seed=seed)
+    dropped = {name: reason for record in found for name, reason in record["refused"].items() if name in chosen}
+    kept = [name for name in chosen if name not in dropped]
+    if not kept:
+        raise ValueError(f"no measure is defined for all networks: {dropped}")
+    settings = [
+        {key: value for key, value in asdict(network.setting).items() if key not in _SETTINGS_LEFT_OUT}
+        for network in networks
+    ]
+    values = [{name: record["values"][name] for name in kept} for record in found]
+    gaps = [law_gap(network, dataset.classes) for network in networks]
+    table = measure_table(settings, values, gaps, n_test=len(dataset.test_inputs))
+    pooled = True  # few seeds a setting: environments take all settings of the other hyperparameters together
+    ranking = rank_measures(table, pooled=pooled, resamples=resamples, seed=seed)
+    return MeasuredZoo(table, ranking, len(zoo.networks) - len(networks), dropped)
+
+
+def law_gap(network: ZooNetwork, classes: int) -> float:
+    """Return error on the law that the training set was drawn from, minus training error.
+
+    Where a share r of the training labels was drawn anew, uniformly, the law has such labels too: a network that is
+    wrong on a share e of clean labels is wrong on (1 - r) e + r (1 - 1/K) of them.
+
+    Args:
+        network: of a zoo.
+        classes: K.
+    """
+    noise = network.setting.label_noise
+    return (1 - noise) * network.test_error + noise * (1 - 1 / classes) - network.train_error
+
+
+def measured_networks(
+    networks: Sequence[ZooNetwork],
+    dataset: Dataset,
+    records: str | os.PathLike[str],
+    names: Sequence[str],
+    *,
+    jobs: int = 1,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Return "values" and "refused" of every network, measuring those that the file of records does not have.
+
+    Args:
+        networks: of a zoo.
+        dataset: what they were trained on.
+        records: file of records, see `measured_zoo`.
+        names: measures.
+        jobs: processes.
+        seed: of random choices.
+    """
+    path = Path(records)
+    done: dict[str, dict[str, Any]] = {}
+    for line in read_lines(path):
+        record = json.loads(line)
+        old = done.get(record["digest"], {"values": {}, "refused": {}})
+        done[record["digest"]] = {key: old[key] | record[key] for key in ("values", "refused")}
+    tasks = []
+    for network in networks:
+        record = done.get(network.setting.digest, {"values": {}, "refused": {}})
+        missing = [name for name in names if name not in record["values"] and name not in record["refused"]]
+        if missing:
+            tasks.append((network, missing))
+    logger.info("%d of %d networks are measured already", len(networks) - len(tasks), len(networks))
+    results = Parallel(n_jobs=jobs, return_as="generator_unordered")(
+        delayed(_measured)(network, dataset, missing, seed) for network, missing in tasks
+    )
+    for record in tqdm(results, total=len(tasks), desc="measuring networks", disable=None, leave=False):
+        append_line(path, json.dumps(record))
+        old = done.get(record["digest"], {"values": {}, "refused": {}})
+        done[record["digest"]] = {key: old[key] | record[key] for key in ("values", "refused")}
+    return [done[network.setting.digest] for network in networks]
+
+
+def _measured(network: ZooNetwork, dataset: Dataset, names: Sequence[str], seed: int) -> dict[str, Any]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        own = zoo_training_set(dataset, network.setting)
+        found = network_measures(
+            network.model(),
+            own.train_inputs,
+            own.train_targets,
+            names,
+            start=network.initial(),
+            population=(own.test_inputs, own.test_targets),
+            seed=seed,
+        )
+    finally:
+        torch.set_num_threads(threads)
+    return {"digest": network.setting.digest, "values": dict(found.values), "refused": dict(found.refused)}
