@@ -476,6 +476,12 @@ def test_a_rerun_trains_only_what_is_missing(tmp_path, undisturbed):
     assert len(shards(tmp_path)) == count
 
 
+def test_the_order_is_that_of_the_settings(tmp_path):
+    mixed_up = random.Random(0).sample(GRID[:6], 6)
+    train_zoo(TINY, mixed_up, tmp_path, **QUICK)
+    check_store(tmp_path, mixed_up)
+
+
 def test_an_unfinished_zoo_can_be_read(tmp_path):
     train_zoo(TINY, GRID, tmp_path, together=2, **QUICK)
     gone = shards(tmp_path)[3]
