@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,16 @@ class MeasuredZoo:
 
     Attributes:
         table: measures with the sign that predicts a larger gap.
-        ranking: of the measures.
+        ranking: of the measures, all pairs of networks counting alike: what the test set's noise decides is in it.
+        certain: the same with pairs weighed by how sure the order of their gaps is; None where the test set is too
+            small for any environment to be sure of.
         left_out: networks that did not converge.
         dropped: measure to reason, for those that are not defined for all networks.
     """
 
     table: MeasureTable
     ranking: MeasureRanking
+    certain: MeasureRanking | None
     left_out: int
     dropped: dict[str, str]
 
@@ -50,6 +53,7 @@ class MeasuredZoo:
         return to_json(
             {
                 "ranking": json.loads(self.ranking.to_json()),
+                "certain": None if self.certain is None else json.loads(self.certain.to_json()),
                 "left_out": self.left_out,
                 "dropped": self.dropped,
                 "n_test": self.table.n_test,
@@ -59,7 +63,11 @@ class MeasuredZoo:
         )
 
     def __str__(self) -> str:
-        lines = [str(self.ranking)]
+        lines = [f"all pairs alike: {self.ranking}"]
+        if self.certain is None:
+            lines.append(f"{self.table.n_test} test examples are too few to be sure of the order of any two settings")
+        else:
+            lines.append(f"pairs by how sure their order is: {self.certain}")
         if self.left_out:
             lines.append(f"{self.left_out} networks did not reach the training loss and are left out")
         return "\n".join([*lines, *(f"{name}: left out, {reason}" for name, reason in self.dropped.items())])
@@ -109,9 +117,14 @@ def measured_zoo(
     values = [{name: record["values"][name] for name in kept} for record in found]
     gaps = [law_gap(network, dataset.classes) for network in networks]
     table = measure_table(settings, values, gaps, n_test=len(dataset.test_inputs))
-    pooled = True  # few seeds a setting: environments take all settings of the other hyperparameters together
-    ranking = rank_measures(table, pooled=pooled, resamples=resamples, seed=seed)
-    return MeasuredZoo(table, ranking, len(zoo.networks) - len(networks), dropped)
+    # Few seeds a setting: environments take all settings of the other hyperparameters together.
+    ranking = rank_measures(replace(table, n_test=None), pooled=True, resamples=resamples, seed=seed)
+    try:
+        certain = rank_measures(table, pooled=True, resamples=resamples, seed=seed)
+    except ValueError as reason:  # no environment with enough pairs that the test set can tell apart
+        logger.info("no ranking by certain pairs: %s", reason)
+        certain = None
+    return MeasuredZoo(table, ranking, certain, len(zoo.networks) - len(networks), dropped)
 
 
 def law_gap(network: ZooNetwork, classes: int) -> float:

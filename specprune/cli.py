@@ -64,8 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     options = parser.parse_args(arguments)
     check_problem(parser, options)
-    level = logging.INFO if options.verbose else logging.WARNING
-    logging.basicConfig(level=level, format="%(name)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("specprune").setLevel(logging.INFO if options.verbose else logging.NOTSET)
     try:
         if hasattr(options, "out"):  # before hours of work, not after
             options.out.mkdir(parents=True, exist_ok=True)

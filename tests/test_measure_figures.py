@@ -27,7 +27,7 @@ def test_ranking_shows_every_measure_with_its_interval():
     assert names[0] == "good"
     assert left.get_yticklabels()[0].get_fontweight() == "bold"
     by_name = {record["measure"]: record for record in ranking.to_records()}
-    for ax, field in ((left, "psi"), (right, "maximum")):
+    for ax, field in ((left, "psi"), (right, "mean_error")):
         points, bars = ax.containers[0].lines[0], ax.containers[0].lines[2][0]
         assert list(points.get_xdata()) == [by_name[name][field] for name in names]
         segments = [sorted(segment[:, 0]) for segment in bars.get_segments()]

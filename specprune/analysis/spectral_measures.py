@@ -14,7 +14,7 @@ from specprune.analysis.margin_bounds import covering_bounds, input_norm
 from specprune.analysis.measured_network import Measure, MeasuredNetwork, as_measure, measures_in
 from specprune.analysis.norm_measures import root
 from specprune.analysis.spectra import LayerSpectrum
-from specprune.bounds.noise_stability import noise_stability_measure
+from specprune.bounds.noise_stability import StableLayer, noise_stability_measure
 
 SUZUKI = "Suzuki et al. 2020, arXiv:1808.08558"
 _LAMBDAS = (1e-2, 1e-3, 1e-4, 1e-6)
@@ -131,10 +131,14 @@ def log_covering_bound(net: MeasuredNetwork) -> float:
     cost="pass",
 )
 def log_noise_stability(net: MeasuredNetwork) -> float:
-    """Cushions, contraction and margin: how far noise in a layer dies out on its way up."""
+    """Cushions (5 % quantiles over the data), contraction and margin: how noise in a layer dies out on its way up."""
     found = cushions(net.folded, net.data, seed=net.seed)
+    layers = [
+        StableLayer(layer.weights, layer.outputs, layer.cushion_quantile, layer.forward_cushion_quantile, layer.overlap)
+        for layer in found.layers
+    ]
     value = noise_stability_measure(
-        found.stable_layers(),
+        layers,
         contraction=found.contraction,
         output_norm=found.output_norm,
         gamma=net.margin,

@@ -26,7 +26,10 @@ SPECTRAL = (
 )
 _SCATTERED = ("dof_1e-3", "spectral_prunability")
 _ROW = 0.135  # inches a measure
-_PANELS = (("psi", r"granulated correlation $\Psi$", BLUE, "o"), ("maximum", "largest sign error", VERMILION, "s"))
+_PANELS = (
+    ("psi", r"granulated correlation $\Psi$", BLUE, "o"),
+    ("mean_error", "mean sign error, all pairs alike", VERMILION, "s"),
+)
 
 
 def draw_ranking(records: Sequence[Mapping[str, Any]], title: str, highlight: Sequence[str] = ()) -> Figure:
