@@ -187,20 +187,33 @@ def build_parser() -> argparse.ArgumentParser:
         "specprune double-descent double_descent --out results/descent",
     )
     descent.add_argument("names", nargs="*", type=_descent_figure, help="which figures; by default all")
-    descent.add_argument(
-        "--quick", action="store_true", help="small problems and few draws: seconds instead of minutes"
-    )
+    _add_quick(descent)
     _add_common(descent)
 
     figures = _command(
         commands,
         "figures",
-        "draw the figures, with their data beside them",
-        "specprune figures --weights results/mnist-mlp-300-1000-300-0.npz --out results/figures",
+        "list all figures, or draw some of them, with their data beside them",
+        "specprune figures eigenvalue_decay accuracy --weights results/mnist-mlp-300-1000-300-0.npz",
     )
-    figures.add_argument("names", nargs="*", type=_figure, help="which figures; by default all")
+    figures.add_argument("names", nargs="*", type=_figure, help="which figures, or all; without a name they are listed")
+    figures.add_argument(
+        "--format", type=_formats, default=("pdf", "png"), metavar="F,F", help="pdf, png or both (default pdf,png)"
+    )
+    _add_quick(figures)
     _add_problem(figures)
     _add_common(figures)
+
+    latex = _command(
+        commands,
+        "latex",
+        "write the theorems and, for a network, its tables as LaTeX files to input",
+        "specprune latex --weights results/mnist-mlp-300-1000-300-0.npz --out results/latex",
+    )
+    _add_problem(latex)
+    _add_pruning(latex, keep=0.05)
+    _add_delta(latex)
+    _add_common(latex)
     return parser
 
 
@@ -281,6 +294,12 @@ def _add_pruning(parser: argparse.ArgumentParser, keep: float) -> None:
     )
 
 
+def _add_quick(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--quick", action="store_true", help="small networks and problems, few draws: seconds instead of minutes"
+    )
+
+
 def _add_delta(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--delta", type=_probability, default=0.05, help="a bound fails with at most this probability")
     parser.add_argument(
@@ -350,17 +369,28 @@ def _data(text: str) -> str:
 def _figure(text: str) -> str:
     from specprune.figures import FIGURES  # draws; the other commands do without
 
-    if text not in FIGURES:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected one of {', '.join(FIGURES)}")
+    if text not in (*FIGURES, "all"):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected all, or one of {', '.join(FIGURES)}")
     return text
 
 
 def _descent_figure(text: str) -> str:
-    from specprune.figures.double_descent import DESCENT_FIGURES  # draws; the other commands do without
+    from specprune.figures import figures_of  # draws; the other commands do without
+    from specprune.figures.registry import OVERPARAMETERISED
 
-    if text not in DESCENT_FIGURES:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected one of {', '.join(DESCENT_FIGURES)}")
+    names = figures_of(OVERPARAMETERISED)
+    if text not in names:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected one of {', '.join(names)}")
     return text
+
+
+def _formats(text: str) -> tuple[str, ...]:
+    from specprune.figures import FORMATS  # draws; the other commands do without
+
+    formats = tuple(text.split(","))
+    if any(form not in FORMATS for form in formats):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected some of {', '.join(FORMATS)}, with commas between them")
+    return formats
 
 
 def check_problem(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -368,7 +398,7 @@ def check_problem(parser: argparse.ArgumentParser, options: argparse.Namespace) 
     if not hasattr(options, "weights"):
         return
     nothing = options.weights is None and options.model is None
-    if nothing and (options.command != "figures" or options.data is not None):
+    if nothing and (options.command not in ("figures", "latex") or options.data is not None):
         parser.error(f"{options.command}: no network: give --weights FILE (of 'specprune train') or --model")
     if options.model is not None and options.data is None:
         parser.error(f"{options.command}: no data: --model needs --data NAME or --data package.module:factory")

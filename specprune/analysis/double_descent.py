@@ -30,11 +30,11 @@ METHOD_STYLES: dict[str, dict[str, Any]] = {
     "magnitude": {"color": "#0072B2", "linestyle": "--"},
     "hessian": {"color": "#D55E00", "linestyle": "-."},
     "oracle": {"color": "#009E73", "linestyle": ":"},
-    "magnitude_refit": {"color": "#56B4E9", "linestyle": "--"},
-    "hessian_refit": {"color": "#E69F00", "linestyle": "-."},
-    "magnitude_fresh": {"color": "#999999", "linestyle": "--"},
-    "hessian_fresh": {"color": "#999999", "linestyle": "-."},
-    "oracle_refit": {"color": "#CC79A7", "linestyle": ":"},
+    "magnitude_refit": {"color": "#56B4E9", "linestyle": (0, (7, 1.5))},
+    "hessian_refit": {"color": "#E69F00", "linestyle": (0, (7, 1.5, 1, 1.5, 1, 1.5))},
+    "magnitude_fresh": {"color": "#999999", "linestyle": (0, (2, 2))},
+    "hessian_fresh": {"color": "#999999", "linestyle": (0, (3, 1.5, 1, 1.5, 1, 1.5))},
+    "oracle_refit": {"color": "#CC79A7", "linestyle": (0, (1, 3))},
 }
 METHOD_LABELS = {
     "unpruned": "not pruned",

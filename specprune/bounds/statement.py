@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import sympy as sp
 
+from specprune._records import escape_latex
+
 #: Where a statement's constants come from.
 DERIVED = "form after the source, constants derived here"
 STANDARD = "standard result, stated as in the source"
@@ -46,11 +48,27 @@ class Statement:
 
         It needs no package but amsmath.
         """
-        assumptions = "\n".join(rf"  \item {_text(item)}" for item in self.assumptions)
+        assumptions = "\n".join(rf"  \item {escape_latex(item)}" for item in self.assumptions)
         return (
-            f"\\paragraph{{{_text(self.title)}}}\n\\[\n{self.latex()}\n\\]\n"
+            f"\\paragraph{{{escape_latex(self.title)}}}\n\\[\n{self.latex()}\n\\]\n"
             f"\\begin{{itemize}}\n{assumptions}\n\\end{{itemize}}\n"
-            f"Source: {_text(self.source)} ({_text(self.provenance)}).\n"
+            f"Source: {escape_latex(self.source)} ({escape_latex(self.provenance)}).\n"
+        )
+
+    def theorem(self) -> str:
+        """Return a LaTeX theorem: title, assumptions, formula, and below it source and provenance.
+
+        It needs an environment `theorem`, such as `\\newtheorem{theorem}{Theorem}` makes, and the packages amsmath and
+        graphicx: a formula wider than the page is scaled down to it.
+        """
+        assumptions = "\n".join(rf"  \item{{}} {escape_latex(item)}" for item in self.assumptions)
+        return (
+            f"\\begin{{theorem}}[{{{escape_latex(self.title)}}}]\\label{{thm:{self.name}}}\n"
+            f"Suppose that\n\\begin{{itemize}}\n{assumptions}\n\\end{{itemize}}\nThen\n"
+            f"\\[\n\\setbox0=\\hbox{{$\\displaystyle {self.latex()}$}}%\n"
+            "\\ifdim\\wd0>\\linewidth\\resizebox{\\linewidth}{!}{\\box0}\\else\\box0\\fi\n\\]\n"
+            "\\end{theorem}\n"
+            f"\\noindent{{\\footnotesize Source: {escape_latex(self.source)} ({escape_latex(self.provenance)}).}}\n"
         )
 
     def lambdify(self) -> Callable[..., float]:
@@ -68,11 +86,3 @@ def positive(names: str) -> tuple[sp.Symbol, ...]:
     """Return positive symbols for names separated by spaces."""
     return tuple(sp.symbols(names, positive=True, seq=True))
 
-
-def _text(words: str) -> str:
-    """Return plain words as LaTeX text."""
-    for character, name in (("\\", r"\textbackslash "), ("^", r"\textasciicircum "), ("~", r"\textasciitilde ")):
-        words = words.replace(character, name)
-    for character in "&%$#_{}":
-        words = words.replace(character, "\\" + character)
-    return words.replace("<=", r"$\leq$").replace(">=", r"$\geq$").replace("<", r"$<$").replace(">", r"$>$")
