@@ -10,9 +10,8 @@ from specprune._files import write_text
 from specprune.bounds.symbolic import STATEMENTS
 from specprune.bounds.symbolic_uncompressed import rates_latex
 
-_PREAMBLE = r"""% Compile with pdflatex main.tex; every other file is made to be input by a document with these packages.
+_PREAMBLE = r"""% Compile with pdflatex main.tex.  The other files can be input by any document with these packages.
 \documentclass{article}
-\usepackage[T1]{fontenc}
 \usepackage[a4paper, margin=20mm]{geometry}
 \usepackage{amsmath, amsthm, booktabs, graphicx, xcolor}
 \newtheorem{theorem}{Theorem}

@@ -56,13 +56,15 @@ _LATEX = {
     "\\": r"\textbackslash{}",
     "^": r"\textasciicircum{}",
     "~": r"\textasciitilde{}",
+    "||": r"$\|$",
+    "|": "$|$",
     "<=": r"$\leq$",
     ">=": r"$\geq$",
     "<": "$<$",
     ">": "$>$",
     **{character: "\\" + character for character in "&%$#_{}"},
 }
-_SPECIAL = re.compile("<=|>=|" + "|".join(re.escape(key) for key in _LATEX if len(key) == 1))
+_SPECIAL = re.compile(r"<=|>=|\|\||" + "|".join(re.escape(key) for key in _LATEX if len(key) == 1))
 _POWER = re.compile(r"(-?[\d.]+)e([+-]\d+)")
 
 

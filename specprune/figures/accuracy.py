@@ -1,4 +1,4 @@
-"""Figure: the paper's pruning under its three settings: accuracy against lambda, against theta, and against the width."""
+"""Figure: the paper's pruning under its three settings: accuracy against lambda, theta and the width."""
 
 from __future__ import annotations
 
@@ -17,6 +17,14 @@ _LAMBDAS = (1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 _THETAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _SHARES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
 _COMPARED = (0.1, 0.2, 0.4)
+_STAR: dict[str, Any] = {
+    "marker": "*",
+    "markersize": 10,
+    "markeredgecolor": "black",
+    "markeredgewidth": 0.5,
+    "linestyle": "none",
+    "zorder": 3,
+}
 _QUICK = {"lambda": (1e-8, 1e-5, 1e-2), "theta": (0.0, 0.5, 1.0), "nodes": (0.1, 0.3, 1.0)}
 
 
@@ -37,27 +45,26 @@ def compute(setting: FigureSetting, parts: Parts) -> dict[str, Any]:
     moments = collect_moments(setting.model, data)
 
     def accuracy(share: float, lam: float, theta: float) -> float:
-        pruned = prune(
-            setting.model, data, share, measure="nodes", lam=lam, theta=theta, moments=moments, seed=setting.seed, **_PAPER
-        )
+        choices = {"measure": "nodes", "lam": lam, "theta": theta, "seed": setting.seed, **_PAPER}
+        pruned = prune(setting.model, data, share, moments=moments, **choices)
         return 1.0 - error_rate(*collect_logits(pruned.model, test))
 
+    def along(varied: str, values: tuple[float, ...], **fixed: float) -> list[float]:
+        return [accuracy(**{**fixed, varied: value}) for value in values]
+
+    def curve(panel: str, name: str, values: tuple[float, ...], **fixed: float) -> dict[str, Any]:
+        varied = {"lambda": "lam", "theta": "theta", "nodes": "share"}[panel]
+        accuracies = parts.get(f"{panel}-{name}", lambda: along(varied, values, **fixed))
+        return {"name": name, "settings": list(values), "accuracies": accuracies}
+
     lambdas, thetas, shares = _QUICK.values() if setting.quick else (_LAMBDAS, _THETAS, _SHARES)
-    panels: dict[str, list[dict[str, Any]]] = {"lambda": [], "theta": [], "nodes": []}
-    for share in _COMPARED[1:2] if setting.quick else _COMPARED:
-        name = f"{100 * share:g} % of the nodes"
-        for panel, varied in (("lambda", lambdas), ("theta", thetas)):
-            values = parts.get(
-                f"{panel}-{share:g}",
-                lambda panel=panel, varied=varied, share=share: [
-                    accuracy(share, value, _THETA) if panel == "lambda" else accuracy(share, _LAMBDA, value)
-                    for value in varied
-                ],
-            )
-            panels[panel].append({"name": name, "settings": list(varied), "accuracies": values})
-    for theta in (0.0, 1.0) if setting.quick else (0.0, 0.5, 1.0):
-        values = parts.get(f"nodes-{theta:g}", lambda theta=theta: [accuracy(share, _LAMBDA, theta) for share in shares])
-        panels["nodes"].append({"name": rf"$\theta$ = {theta:g}", "settings": list(shares), "accuracies": values})
+    compared = {f"{100 * share:g} % of the nodes": share for share in (_COMPARED[1:2] if setting.quick else _COMPARED)}
+    weights = {f"theta = {theta:g}": theta for theta in ((0.0, 1.0) if setting.quick else (0.0, 0.5, 1.0))}
+    panels = {
+        "lambda": [curve("lambda", name, lambdas, share=share, theta=_THETA) for name, share in compared.items()],
+        "theta": [curve("theta", name, thetas, share=share, lam=_LAMBDA) for name, share in compared.items()],
+        "nodes": [curve("nodes", name, shares, lam=_LAMBDA, theta=theta) for name, theta in weights.items()],
+    }
     base = 1.0 - error_rate(*collect_logits(setting.model, test))
     return {"label": setting.label, "base_accuracy": base, "lambda": _LAMBDA, "theta": _THETA, "panels": panels}
 
@@ -75,11 +82,11 @@ def draw(data: dict[str, Any]) -> Figure:
                 # The third panel's curves are of other things than those of the first two.
                 style = series_style(k + (3 if panel == "nodes" else 0))
                 settings, accuracies = numbers(curve["settings"]), numbers(curve["accuracies"])
-                ax.plot(settings, accuracies, label=curve["name"], **style)
+                ax.plot(settings, accuracies, label=curve["name"].replace("theta", r"$\theta$"), **style)
                 if panel != "nodes":
                     best = int(accuracies.argmax())
-                    star = {"marker": "*", "markersize": 10, "markeredgecolor": "black", "markeredgewidth": 0.5}
-                    ax.plot(settings[best], accuracies[best], linestyle="none", color=style["color"], zorder=3, **star)
+                    star = {**_STAR, "color": style["color"]}
+                    ax.plot(settings[best], accuracies[best], **star)
             ax.axhline(data["base_accuracy"], label="unpruned network", **REFERENCE)
         left, middle, right = axes
         left.set_xscale("log")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -73,7 +74,7 @@ def compute_linear(conditions: Conditions, parts: Parts) -> dict[str, Any]:
         parts: each panel is one.
     """
     kinds = ("identity", "spiked", "power law")
-    panels = [parts.get(kind, lambda kind=kind: _linear_panel(kind, conditions)) for kind in kinds]
+    panels = [parts.get(kind, partial(_linear_panel, kind, conditions)) for kind in kinds]
     return {"panels": panels, "methods": list(_PRUNED)}
 
 

@@ -63,7 +63,9 @@ class GalleryFigure:
     in_parts: bool = False
 
 
-def _descent(name: str, title: str, compute: Callable[..., dict[str, Any]], above: str, in_parts: bool) -> GalleryFigure:
+def _descent(
+    name: str, title: str, compute: Callable[..., dict[str, Any]], above: str, in_parts: bool
+) -> GalleryFigure:
     draw = partial(double_descent.draw_panels, title=above)
     return GalleryFigure(name, OVERPARAMETERISED, title, compute, draw, NOTHING, in_parts)
 
@@ -78,7 +80,7 @@ FIGURES: dict[str, GalleryFigure] = {
     figure.name: figure
     for figure in (
         _of_module(eigenvalue_decay, SPECTRAL, "eigenvalues of each layer's inputs, with power laws fitted to them"),
-        _of_module(spectrum_samples, SPECTRAL, "eigenvalues of each layer's inputs, measured on few and on many images"),
+        _of_module(spectrum_samples, SPECTRAL, "eigenvalues of each layer's inputs, from few and from many images"),
         _of_module(degrees_of_freedom, SPECTRAL, "degrees of freedom of each layer's inputs against lambda"),
         _of_module(approximation_error, SPECTRAL, "distance of pruned networks from the original: measured, certified"),
         _of_module(accuracy, SPECTRAL, "accuracy against lambda, theta and width", in_parts=True),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -86,8 +87,7 @@ def compute(setting: FigureSetting, parts: Parts) -> dict[str, Any]:
 
     curves = []
     for rule, reconstruction in tqdm(_CURVES, desc="rules", disable=None, leave=False):
-        name = f"{rule}-{reconstruction}"
-        found = parts.get(name, lambda rule=rule, reconstruction=reconstruction: points(rule, reconstruction))
+        found = parts.get(f"{rule}-{reconstruction}", partial(points, rule, reconstruction))
         curves.append({"rule": rule, "reconstruction": reconstruction, "points": found})
     base = 1.0 - evaluate(setting.model, test)[0]
     return {"label": setting.label, "base_accuracy": base, "curves": curves}

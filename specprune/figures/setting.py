@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from specprune._files import write_text
 from specprune._records import to_json
-
 from specprune.analysis import Spectra, Tradeoff, layer_spectra, tradeoff
 from specprune.analysis.tradeoff import KEEP_GRID
 from specprune.compress import CalibrationData

@@ -32,7 +32,7 @@ def compute(setting: FigureSetting) -> dict[str, Any]:
 
     Returns:
         "label", "samples" (numbers of images, rising) and "layers", at most six that are evenly spread over the
-        network: name, width, "shares" mu_j / Tr Sigma (falling) and "effective_ranks", one a number of images.
+        network: name, width, and for each number of images "shares" mu_j / Tr Sigma (falling) and "effective_ranks".
     """
     dataset = setting.dataset
     total = len(dataset.train_inputs)
@@ -48,7 +48,9 @@ def compute(setting: FigureSetting) -> dict[str, Any]:
         spectra = layer_spectra(setting.model, [], names, moments=collect_moments(setting.model, images.split(_BATCH)))
         for layer in layers:
             spectrum = spectra[layer["layer"]]
-            layer["shares"].append((np.maximum(spectrum.eigenvalues, 0.0) / spectrum.trace).tolist())
+            # What is measured beyond the number of rows is rounding.
+            positive = np.maximum(spectrum.eigenvalues[: spectrum.samples], 0.0)
+            layer["shares"].append((positive / spectrum.trace).tolist())
             layer["effective_ranks"].append(spectrum.effective_rank)
     return {"label": setting.label, "samples": counts, "layers": layers}
 

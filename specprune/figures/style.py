@@ -103,7 +103,7 @@ def finish_figure(figure: Figure, title: str, columns: int = 2) -> None:
 
 
 def shared_legend(figure: Figure, axes: Sequence[Axes], title: str) -> None:
-    """Put one legend above all panels, and a title above it; the figure grows by the legend's height.
+    """Put one legend below all panels, and a title above them; the figure grows by the legend's height.
 
     Args:
         figure: with a constrained layout and labelled curves.
@@ -116,7 +116,7 @@ def shared_legend(figure: Figure, axes: Sequence[Axes], title: str) -> None:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     for ncols in range(len(handles), 0, -1):
-        legend = figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=ncols)
+        legend = figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=ncols)
         size = legend.get_window_extent()
         if size.width <= 0.98 * figure.bbox.width or ncols == 1:
             break
