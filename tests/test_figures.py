@@ -354,7 +354,7 @@ def test_bound_bars(folder):
 
 
 def test_unknown_names_are_refused_before_anything_is_computed(setting, tmp_path):
-    with pytest.raises(ValueError, match=r"unknown figure 'decay': expected one of eigenvalue_decay, degrees_of"):
+    with pytest.raises(ValueError, match=r"unknown figure 'decay': expected one of eigenvalue_decay, spectrum_samples"):
         make_figures(setting, tmp_path / "out", ["eigenvalue_decay", "decay"])
     assert not (tmp_path / "out").exists()
 
