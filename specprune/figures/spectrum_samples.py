@@ -16,7 +16,7 @@ from specprune.figures.style import COLUMN_WIDTHS, figure_style, numbers, series
 _COUNTS = (30, 100, 300, 1000, 3000, 10_000, 30_000, 100_000)
 _PANELS = 6
 _ACROSS = 3
-_ROW_HEIGHT = 1.75
+_ROW_HEIGHT = 1.9
 _LOWEST = 1e-9
 _BATCH = 1000
 
