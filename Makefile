@@ -23,7 +23,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 figures: $(STAMP)
-	$(BIN)/specprune figures --out results/figures
+	$(BIN)/specprune figures all --out results/figures
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/greedy_speed.py --out results/benchmarks

@@ -190,9 +190,7 @@ def build_parser() -> argparse.ArgumentParser:
         "specprune double-descent double_descent --out results/descent",
     )
     descent.add_argument("names", nargs="*", type=_descent_figure, help="which figures; by default all")
-    descent.add_argument(
-        "--quick", action="store_true", help="small problems and few draws: seconds instead of minutes"
-    )
+    _add_quick(descent)
     _add_common(descent)
 
     zoo = _command(
@@ -246,10 +244,14 @@ def build_parser() -> argparse.ArgumentParser:
     figures = _command(
         commands,
         "figures",
-        "draw the figures, with their data beside them",
-        "specprune figures --weights results/mnist-mlp-300-1000-300-0.npz --out results/figures",
+        "list all figures, or draw some of them, with their data beside them",
+        "specprune figures eigenvalue_decay accuracy --weights results/mnist-mlp-300-1000-300-0.npz",
     )
-    figures.add_argument("names", nargs="*", type=_figure, help="which figures; by default all")
+    figures.add_argument("names", nargs="*", type=_figure, help="which figures, or all; without a name they are listed")
+    figures.add_argument(
+        "--format", type=_formats, default=("pdf", "png"), metavar="F,F", help="pdf, png or both (default pdf,png)"
+    )
+    _add_quick(figures)
     _add_problem(figures)
     _add_common(figures)
 
@@ -264,6 +266,16 @@ def build_parser() -> argparse.ArgumentParser:
     _add_delta(report)
     report.add_argument("--no-tradeoff", action="store_true", help="leave out the trade-off curve, which takes longest")
     _add_common(report)
+    latex = _command(
+        commands,
+        "latex",
+        "write the theorems and, for a network, its tables as LaTeX files to input",
+        "specprune latex --weights results/mnist-mlp-300-1000-300-0.npz --out results/latex",
+    )
+    _add_problem(latex)
+    _add_pruning(latex, keep=0.05)
+    _add_delta(latex)
+    _add_common(latex)
     return parser
 
 
@@ -341,6 +353,12 @@ def _add_pruning(parser: argparse.ArgumentParser, keep: float) -> None:
         type=_count,
         default=Settings.distill_steps,
         help="gradient steps towards the original's outputs at the end, without labels (default 0)",
+    )
+
+
+def _add_quick(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--quick", action="store_true", help="small networks and problems, few draws: seconds instead of minutes"
     )
 
 
@@ -429,16 +447,18 @@ def _data(text: str) -> str:
 def _figure(text: str) -> str:
     from specprune.figures import FIGURES  # draws; the other commands do without
 
-    if text not in FIGURES:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected one of {', '.join(FIGURES)}")
+    if text not in (*FIGURES, "all"):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected all, or one of {', '.join(FIGURES)}")
     return text
 
 
 def _descent_figure(text: str) -> str:
-    from specprune.figures.double_descent import DESCENT_FIGURES  # draws; the other commands do without
+    from specprune.figures import figures_of  # draws; the other commands do without
+    from specprune.figures.registry import OVERPARAMETERISED
 
-    if text not in DESCENT_FIGURES:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected one of {', '.join(DESCENT_FIGURES)}")
+    names = figures_of(OVERPARAMETERISED)
+    if text not in names:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected one of {', '.join(names)}")
     return text
 
 
@@ -446,6 +466,15 @@ def _measure(text: str) -> str:
     if text not in MEASURES:
         raise argparse.ArgumentTypeError(f"{text!r}: expected one of {', '.join(MEASURES)}")
     return text
+
+
+def _formats(text: str) -> tuple[str, ...]:
+    from specprune.figures import FORMATS  # draws; the other commands do without
+
+    formats = tuple(text.split(","))
+    if any(form not in FORMATS for form in formats):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected some of {', '.join(FORMATS)}, with commas between them")
+    return formats
 
 
 def check_problem(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -457,7 +486,7 @@ def check_problem(parser: argparse.ArgumentParser, options: argparse.Namespace) 
         if options.zoo is not None and not nothing:
             parser.error("measures: --zoo ranks the measures over its own networks; leave out --weights and --model")
         return
-    if nothing and (options.command != "figures" or options.data is not None):
+    if nothing and (options.command not in ("figures", "latex") or options.data is not None):
         parser.error(f"{options.command}: no network: give --weights FILE (of 'specprune train') or --model")
     if options.model is not None and options.data is None:
         parser.error(f"{options.command}: no data: --model needs --data NAME or --data package.module:factory")

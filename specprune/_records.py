@@ -1,10 +1,11 @@
-"""Results as records, JSON and aligned tables: what every result class shares."""
+"""Results as records, JSON, aligned tables and LaTeX tables: what every result class shares."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,11 +52,80 @@ def format_table(records: Sequence[Mapping[str, Any]], columns: Sequence[str] | 
     return "\n".join([*head, line(names), "  ".join("-" * w for w in widths), *(line(row) for row in rows)])
 
 
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "^": r"\textasciicircum{}",
+    "~": r"\textasciitilde{}",
+    "||": r"$\|$",
+    "|": "$|$",
+    "<=": r"$\leq$",
+    ">=": r"$\geq$",
+    "<": "$<$",
+    ">": "$>$",
+    **{character: "\\" + character for character in "&%$#_{}"},
+}
+_SPECIAL = re.compile(r"<=|>=|\|\||" + "|".join(re.escape(key) for key in _LATEX if len(key) == 1))
+_POWER = re.compile(r"(-?[\d.]+)e([+-]\d+)")
+
+
 def escape_latex(text: str) -> str:
-    """Return text with the characters escaped that LaTeX would take for commands."""
-    for character in ("&", "%", "$", "#", "_"):
-        text = text.replace(character, "\\" + character)
-    return text
+    """Return text with the characters escaped that LaTeX would take for commands; comparisons become formulas."""
+    return _SPECIAL.sub(lambda found: _LATEX[found.group()], text)
+
+
+def to_latex_table(
+    records: Sequence[Mapping[str, Any]],
+    columns: Sequence[str] | Mapping[str, str] | None = None,
+    caption: str = "",
+    *,
+    mark: Callable[[Mapping[str, Any], str, str], str] | None = None,
+) -> str:
+    """Return records as a LaTeX table in the manner of booktabs: numbers to the right, text to the left.
+
+    Args:
+        records: one mapping a row.
+        columns: the keys to show, in order, or a mapping from these to their headings in plain words; by default those
+            of the first record.
+        caption: in plain words; without one it is a bare tabular, with one a table that floats.
+        mark: takes a record, a key and the finished cell, and returns the cell as it is to be shown.
+
+    Returns:
+        LaTeX that needs the package booktabs, with a newline at the end.
+
+    Raises:
+        ValueError: there is no record, or no column.
+    """
+    names = list(columns) if columns is not None else list(records[0]) if records else []
+    if not records or not names:
+        raise ValueError(f"{len(records)} records, {len(names)} columns: a LaTeX table needs at least one of each")
+    heads = [columns[name] if isinstance(columns, Mapping) else name for name in names]
+    rows = []
+    for record in records:
+        cells = [(name, _latex_cell(record.get(name))) for name in names]
+        rows.append([cell if mark is None else mark(record, name, cell) for name, cell in cells])
+    places = "".join("l" if any(isinstance(record.get(name), str) for record in records) else "r" for name in names)
+    lines = [rf"\begin{{tabular}}{{{places}}}", r"\toprule", _latex_row(escape_latex(head) for head in heads)]
+    lines += [r"\midrule", *map(_latex_row, rows), r"\bottomrule", r"\end{tabular}"]
+    if caption:
+        lines = [r"\begin{table}", r"\centering", rf"\caption{{{escape_latex(caption)}}}", *lines, r"\end{table}"]
+    return "\n".join(lines) + "\n"
+
+
+def _latex_row(cells: Iterable[str]) -> str:
+    return " & ".join(cells) + r" \\"
+
+
+def _latex_cell(value: Any) -> str:
+    text = format_value(value)
+    if isinstance(value, str | list | tuple | bool | np.bool_) or value is None:
+        # Behind the end of a row, LaTeX would take these for a length and a command.
+        return ("{}" if text.startswith(("[", "*")) else "") + escape_latex(text)
+    if text in ("inf", "-inf"):
+        return rf"${text[:-3]}\infty$"
+    power = _POWER.fullmatch(text)
+    if power is not None:
+        return rf"${power[1]} \cdot 10^{{{int(power[2])}}}$"
+    return f"${text}$" if text.startswith("-") else text
 
 
 def jsonable(value: Any) -> Any:

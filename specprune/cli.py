@@ -6,10 +6,11 @@ import argparse
 import dataclasses
 import json
 import logging
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ import torch
 import specprune
 from specprune._arguments import build_parser, check_problem
 from specprune._files import write_text
+from specprune._latex import write_latex
 from specprune._measures import measured_zoo
 from specprune._problem import Problem, load_problem, torch_device
 from specprune._records import format_table, to_json
@@ -46,6 +48,21 @@ from specprune.testbed import (
     zoo_grid,
 )
 
+if TYPE_CHECKING:
+    from specprune.figures import FigureSetting
+
+_DIGITS_NET, _QUICK_NET = "mlp-128-128-128", "mlp-64-64"
+_QUICK = {"calibration": 400, "keep": (0.05, 0.2, 1.0), "quick": True}
+_QUICK_EPOCHS = 8
+_DEMO_FIGURES = (
+    "eigenvalue_decay",
+    "degrees_of_freedom",
+    "approximation_error",
+    "bias_variance",
+    "bound_bars",
+    "selection_rules",
+    "comparison",
+)
 OWN_ERRORS = (ValueError, TypeError, OSError, RuntimeError)
 
 
@@ -62,7 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SystemExit: with 2 for bad arguments, 0 for --help and --version.
     """
     parser = build_parser()
-    options = parser.parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    options = parser.parse_args(words)
+    options.words = shlex.join(["specprune", *words])
     check_problem(parser, options)
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("specprune").setLevel(logging.INFO if options.verbose else logging.NOTSET)
@@ -96,7 +115,7 @@ def _problem(options: argparse.Namespace) -> Problem:
 
 def _show(options: argparse.Namespace, name: str, result: Any, **extra: Any) -> None:
     """Print a result as a table or JSON, and keep the JSON, with what made it, in the output folder."""
-    made_by = {key: value for key, value in vars(options).items() if key not in ("verbose", "json", "command")}
+    made_by = {key: value for key, value in vars(options).items() if key not in ("verbose", "json", "command", "words")}
     record = {
         "command": options.command,
         "options": made_by,
@@ -144,7 +163,7 @@ def run_demo(options: argparse.Namespace) -> None:
     _show(options, "bounds", specprune.bound_table(model, batches, small, test, input_radius=dataset.input_radius))
     _say(options, "\n6. Figures")
     setting = FigureSetting(model, dataset, "digits, mlp-128-128-128", seed=options.seed, tradeoff=curve)
-    for path in make_figures(setting, options.out):
+    for path in make_figures(setting, options.out, _DEMO_FIGURES, command=options.words):
         _say(options, f"   {path}")
 
 
@@ -340,11 +359,10 @@ def run_verify(options: argparse.Namespace) -> None:
 
 def run_double_descent(options: argparse.Namespace) -> None:
     """Compute and draw risk against size."""
-    from specprune.figures.double_descent import make_descent_figures  # draws; the other commands do without
+    from specprune.figures import figures_of  # draws; the other commands do without
+    from specprune.figures.registry import OVERPARAMETERISED
 
-    device = torch_device(options.device)
-    paths = make_descent_figures(options.out, options.names or None, options.quick, options.seed, device)
-    print(to_json(paths) if options.json else "\n".join(str(path) for path in paths))
+    _make_figures(options, options.names or figures_of(OVERPARAMETERISED), None)
 
 
 def run_zoo(options: argparse.Namespace) -> None:
@@ -415,32 +433,88 @@ def _population(problem: Problem) -> tuple[torch.Tensor, torch.Tensor] | None:
 
 
 def run_figures(options: argparse.Namespace) -> None:
-    """Draw the figures for a network; without one, for a net trained on the built-in digits."""
-    from specprune.figures import FigureSetting, make_figures  # draws; the other commands do without
+    """List the figures, or make some: of a network, or of one trained on the built-in digits."""
+    from specprune.figures import FIGURES, GROUPS, figures_of  # draws; the other commands do without
 
+    if not options.names:
+        records = [
+            {"group": group, "figure": name, "shows": FIGURES[name].title, "needs": FIGURES[name].needs}
+            for group in GROUPS
+            for name in figures_of(group)
+        ]
+        title = "specprune figures NAME ...|all --out DIR makes:"
+        print(to_json(records) if options.json else format_table(records, title=title))
+        return
+    names = list(FIGURES) if "all" in options.names else options.names
+    needed = any(FIGURES[name].needs == "network" for name in names)
+    _make_figures(options, names, _figure_setting(options) if needed else None, tuple(options.format))
+
+
+def _make_figures(
+    options: argparse.Namespace,
+    names: Sequence[str],
+    setting: FigureSetting | None,
+    formats: Sequence[str] = ("pdf", "png"),
+) -> None:
+    from specprune.figures import Conditions, make_figures  # draws; the other commands do without
+
+    conditions = Conditions(options.seed, options.quick, torch_device(options.device))
+    paths = make_figures(setting, options.out, names, conditions=conditions, formats=formats, command=options.words)
+    print(to_json(paths) if options.json else "\n".join(str(path) for path in paths))
+
+
+def _figure_setting(options: argparse.Namespace) -> FigureSetting:
+    """Return the network and data that the options name; without a name, a network trained on the digits."""
+    from specprune.figures import FigureSetting  # draws; the other commands do without
+
+    shared: dict[str, Any] = {"calibration": options.calibration, "seed": options.seed}
+    if options.quick:
+        shared |= {**_QUICK, "calibration": min(options.calibration, _QUICK["calibration"])}
     if options.weights is None and options.model is None:
         dataset = load_dataset("digits").to(torch_device(options.device))
-        trained = train(dataset, default_recipe("digits", "mlp-128-128-128", options.seed), options.device)
-        setting = FigureSetting(trained.model, dataset, "digits, mlp-128-128-128", seed=options.seed)
-    else:
-        problem = _problem(options)
-        if problem.dataset is None:
-            raise ValueError("figures need a named data set, or a --data factory that returns a testbed Dataset")
-        setting = FigureSetting(
-            problem.model, problem.dataset, problem.label, calibration=options.calibration, seed=options.seed
+        recipe = default_recipe("digits", _QUICK_NET if options.quick else _DIGITS_NET, options.seed)
+        if options.quick:
+            recipe = dataclasses.replace(recipe, epochs=_QUICK_EPOCHS)
+        trained = train(dataset, recipe, options.device)
+        return FigureSetting(trained.model, dataset, f"digits, {recipe.net}", **shared)
+    problem = _problem(options)
+    if problem.dataset is None:
+        raise ValueError("figures need a named data set, or a --data factory that returns a testbed Dataset")
+    return FigureSetting(problem.model, problem.dataset, problem.label, **shared)
+
+
+def run_latex(options: argparse.Namespace) -> None:
+    """Write the statements and, of a network, the tables for a paper."""
+    problem = None if options.weights is None and options.model is None else _problem(options)
+    tables: dict[str, str] = {}
+    if problem is not None:
+        calibration = problem.calibration(options.calibration)
+        pruned = _prune(options, problem)
+        table = specprune.bound_table(
+            problem.model,
+            problem.train,
+            pruned,
+            problem.test,
+            reference=problem.initial,
+            delta=options.delta,
+            input_radius=options.input_radius or problem.input_radius,
+            seed=options.seed,
         )
-    paths = make_figures(setting, options.out, options.names or None)
+        compared = compare(problem.model, calibration, problem.test, keeps=(options.keep,), latency=False)
+        tables = {
+            "spectra": specprune.layer_spectra(problem.model, calibration).to_latex(),
+            "prune": pruned.report.to_latex(),
+            "comparison": compared.to_latex(),
+            "bounds": table.to_latex(),
+        }
+    paths = write_latex(options.out, tables)
     print(to_json(paths) if options.json else "\n".join(str(path) for path in paths))
 
 
 def run_report(options: argparse.Namespace) -> None:
     """Write one HTML page about a network: spectra with a slider for lambda, trade-off, bounds, pruning."""
-    from specprune.figures import (
-        ReportData,
-        network_facts,
-        prunable_nodes,
-        write_report,
-    )  # draws; the others do without
+    # Draws; the other commands do without.
+    from specprune.figures import ReportData, network_facts, prunable_nodes, write_report
 
     problem = _problem(options)
     model, batches = problem.model, problem.calibration(options.calibration)
@@ -547,4 +621,5 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "measures": run_measures,
     "figures": run_figures,
     "report": run_report,
+    "latex": run_latex,
 }

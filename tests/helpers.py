@@ -4,6 +4,8 @@ from collections import OrderedDict
 
 import numpy as np
 import torch
+from matplotlib.container import ErrorbarContainer
+from matplotlib.lines import Line2D
 from torch import nn
 
 
@@ -78,3 +80,16 @@ def random_covariance(size, seed=0, rank=None, decay=1.0):
     count = size if rank is None else rank
     basis = np.linalg.qr(generator.standard_normal((size, size)))[0][:, :count]
     return (basis * np.arange(1, count + 1) ** -decay) @ basis.T
+
+
+def assert_series_differ_in_grey(ax):
+    """No two labelled curves of an axes have the same line and the same marker, however they are coloured."""
+    looks = {}
+    for line, name in zip(*ax.get_legend_handles_labels(), strict=True):
+        line = line[0] if isinstance(line, ErrorbarContainer) else line
+        if isinstance(line, Line2D):
+            dashes = line._unscaled_dash_pattern  # the dashes themselves: all tuples are called "--"
+            face = line.get_markerfacecolor() if line.get_markerfacecolor() in ("white", "none") else "full"
+            look = (line.get_linestyle() == "None", str(dashes), str(line.get_marker()), face)
+            assert look not in looks, (name, looks[look])
+            looks[look] = name

@@ -4,22 +4,26 @@ import json
 
 import numpy as np
 import pytest
+from helpers import assert_series_differ_in_grey
 
 from specprune.cli import main
-from specprune.figures.double_descent import DESCENT_FIGURES, draw_panels, linear_problem, make_descent_figures
+from specprune.figures import FIGURES, figures_of, make_figures
+from specprune.figures.double_descent import draw_panels, linear_problem
+from specprune.figures.registry import OVERPARAMETERISED
 
 
-@pytest.mark.parametrize("name", sorted(DESCENT_FIGURES))
+@pytest.mark.parametrize("name", figures_of(OVERPARAMETERISED))
 def test_each_figure_is_drawn_from_its_data(tmp_path, name, capsys):
     assert main(["double-descent", name, "--quick", "--out", str(tmp_path)]) == 0
     assert capsys.readouterr().out.split() == [str(tmp_path / f"{name}.{kind}") for kind in ("json", "pdf", "png")]
     record = json.loads((tmp_path / f"{name}.json").read_text())
     assert record["figure"] == name
     assert record["provenance"]["quick"] is True
-    figure = DESCENT_FIGURES[name].draw(record["data"], "again")
+    figure = FIGURES[name].draw(record["data"])
     for ax in figure.axes:
         assert ax.get_xlabel()
         assert ax.get_legend().get_texts()
+        assert_series_differ_in_grey(ax)
     assert figure.axes[0].get_ylabel()
     assert (tmp_path / f"{name}.png").stat().st_size > 5000
 
@@ -40,8 +44,8 @@ def test_linear_models_have_signal_one():
 
 
 def test_refusals(tmp_path, capsys):
-    with pytest.raises(ValueError, match=r"unknown figures \['other'\]"):
-        make_descent_figures(tmp_path, ["other"])
+    with pytest.raises(ValueError, match="unknown figure 'other'"):
+        make_figures(None, tmp_path, ["other"])
     with pytest.raises(SystemExit):
         main(["double-descent", "other"])
     assert "'other': expected one of" in capsys.readouterr().err

@@ -9,14 +9,19 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from helpers import assert_series_differ_in_grey
 from matplotlib.figure import Figure
 from matplotlib.image import imread
+from scipy.stats import beta
 
 from specprune.analysis.tradeoff import CURVE_STYLES
+from specprune.compress import prune
 from specprune.figures import FIGURES, FigureSetting, figure_style, make_figures, new_figure, redraw
 from specprune.figures.style import COLUMN_WIDTHS, ROLES, finish_figure, numbers, series_style
-from specprune.testbed import default_recipe, load_dataset, train
+from specprune.testbed import default_recipe, evaluate, load_dataset, train
 
+NAMES = [name for name, figure in FIGURES.items() if figure.needs == "network"]
+WIDE = ("bias_variance", "bound_bars", "spectrum_samples", "accuracy", "uncompressed")
 KEEP = (0.001, 0.03, 0.2, 1.0)  # the first is below what one node a group costs
 
 
@@ -39,15 +44,15 @@ def setting():
     digits = load_dataset("digits")
     recipe = dataclasses.replace(default_recipe("digits", "mlp-64-64"), epochs=6)
     model = train(digits, recipe).model
-    return FigureSetting(model, digits, "digits, mlp-64-64", calibration=600, keep=KEEP)
+    return FigureSetting(model, digits, "digits, mlp-64-64", calibration=600, keep=KEEP, quick=True)
 
 
 @pytest.fixture(scope="module")
 def folder(setting, tmp_path_factory):
     out = tmp_path_factory.mktemp("figures")
     before = settings()
-    paths = make_figures(setting, out)
-    assert [path.name for path in paths] == [f"{name}.{kind}" for name in FIGURES for kind in ("json", "pdf", "png")]
+    paths = make_figures(setting, out, NAMES)
+    assert [path.name for path in paths] == [f"{name}.{kind}" for name in NAMES for kind in ("json", "pdf", "png")]
     assert settings() == before
     return out
 
@@ -64,21 +69,27 @@ def labels(ax):
     return [text.get_text() for text in ax.get_legend().get_texts()]
 
 
+def shown_axes(figure):
+    return [ax for ax in figure.axes if ax.axison]
+
+
 def texts(figure):
     """All texts that are seen, with their extents."""
     figure.draw_without_rendering()
     found = list(figure.texts) + ([figure._suptitle] if figure._suptitle not in figure.texts else [])
-    for ax in figure.axes:
-        found += [ax.xaxis.label, ax.yaxis.label, ax.title, *ax.texts, *ax.get_legend().get_texts()]
+    legends = [legend for ax in figure.axes if (legend := ax.get_legend()) is not None]
+    found += [text for legend in (*legends, *figure.legends) for text in legend.get_texts()]
+    for ax in shown_axes(figure):
+        found += [ax.xaxis.label, ax.yaxis.label, ax.title, *ax.texts]
         for axis in (ax.xaxis, ax.yaxis):
             low, high = sorted(axis.get_view_interval())
             for ticks in (axis.get_major_ticks(), axis.get_minor_ticks()):
-                found += [tick.label1 for tick in ticks if low <= tick.get_loc() <= high]
+                found += [tick.label1 for tick in ticks if tick.label1.get_visible() and low <= tick.get_loc() <= high]
     return [(text.get_text(), text.get_window_extent()) for text in found if text.get_text() and text.get_visible()]
 
 
 def test_data_are_json_with_provenance(setting, folder):
-    for name in FIGURES:
+    for name in NAMES:
         record = read(folder, name)
         assert record["figure"] == name
         assert set(record["provenance"]) >= {"specprune", "torch", "numpy", "seed", "label"}
@@ -103,7 +114,7 @@ def test_shared_tradeoff_is_computed_once(setting, folder):
     assert read(folder, "approximation_error")["data"]["samples"] == len(setting.dataset.train_inputs)
 
 
-@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize("name", NAMES)
 def test_redrawing_gives_the_same_files(folder, name):
     before = {kind: (folder / f"{name}.{kind}").read_bytes() for kind in ("pdf", "png")}
     pixels = imread(folder / f"{name}.png")
@@ -111,10 +122,10 @@ def test_redrawing_gives_the_same_files(folder, name):
         assert redraw(folder / f"{name}.json") == [folder / f"{name}.pdf", folder / f"{name}.png"]
     assert np.array_equal(imread(folder / f"{name}.png"), pixels)
     assert {kind: (folder / f"{name}.{kind}").read_bytes() for kind in before} == before
-    assert pixels.shape[1] == round(200 * COLUMN_WIDTHS[2 if name in ("bias_variance", "bound_bars") else 1])
+    assert pixels.shape[1] == round(200 * COLUMN_WIDTHS[2 if name in WIDE else 1])
 
 
-@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize("name", NAMES)
 def test_texts_are_inside_and_apart(folder, name):
     figure = drawn(folder, name)
     extents = texts(figure)
@@ -129,10 +140,12 @@ def test_texts_are_inside_and_apart(folder, name):
             # A pixel or two of the boxes is empty: they are those of the line, not of the ink.
             overlap = min(box.x1, other_box.x1) - max(box.x0, other_box.x0)
             assert overlap <= 1 or min(box.y1, other_box.y1) - max(box.y0, other_box.y0) <= 2, (text, other)
-    for ax in figure.axes:
+    shared = [text for legend in figure.legends for text in legend.get_texts()]
+    for ax in shown_axes(figure):
         assert ax.get_xlabel()
-        assert ax.get_ylabel()
-        for text in ax.get_legend().get_texts():
+        assert ax.get_ylabel() or any(ax.get_shared_y_axes().joined(ax, other) for other in figure.axes if other != ax)
+        assert not any(text.get_window_extent().overlaps(ax.get_window_extent()) for text in shared)
+        for text in [] if shared else ax.get_legend().get_texts():
             assert text.get_window_extent().y0 >= ax.get_window_extent().y1, "the legend covers the curves"
 
 
@@ -259,6 +272,73 @@ def test_comparison(folder):
     assert unlabelled.lines[0].get_ydata()[0] == data["curves"][0]["points"][0]["divergence"]
 
 
+def test_spectrum_samples(setting, folder):
+    data = read(folder, "spectrum_samples")["data"]
+    assert data["samples"] == [30, 100, 300]
+    inputs = setting.dataset.train_inputs.flatten(1).double().numpy()
+    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(setting.seed)).numpy()
+    first = data["layers"][0]
+    for count, shares in zip(data["samples"], first["shares"], strict=True):
+        values = np.linalg.eigvalsh(inputs[order[:count]].T @ inputs[order[:count]])[
+            ::-1
+        ]  # by hand, at the input layer
+        assert len(shares) == min(count, first["width"])
+        assert shares == pytest.approx((values / values.sum())[: len(shares)], abs=1e-6)
+    axes = shown_axes(drawn(folder, "spectrum_samples"))
+    assert len(axes) == len(data["layers"]) == 3
+    assert [line.get_label() for line in axes[0].lines] == ["30 images", "100 images", "300 images"]
+
+
+def test_accuracy(setting, folder):
+    data = read(folder, "accuracy")["data"]
+    axes = drawn(folder, "accuracy").axes
+    test = setting.dataset.test_batches()
+    assert data["base_accuracy"] == pytest.approx(1 - evaluate(setting.model, test)[0])
+    for panel, lam, theta, share in (("lambda", 1e-2, 0.5, 0.2), ("theta", 1e-6, 1.0, 0.2), ("nodes", 1e-6, 0.0, 0.3)):
+        pruned = prune(
+            setting.model,
+            setting.calibration_batches,
+            share,
+            measure="nodes",
+            allocation="uniform",
+            selection="greedy",
+            reconstruction="channel",
+            lam=lam,
+            theta=theta,
+        )
+        curve = data["panels"][panel][0]
+        setting_of = {"lambda": lam, "theta": theta, "nodes": share}[panel]
+        found = dict(zip(curve["settings"], curve["accuracies"], strict=True))[setting_of]
+        assert found == pytest.approx(1 - evaluate(pruned.model, test)[0])
+    stars = [line for line in axes[0].lines if line.get_marker() == "*"]
+    assert [line.get_ydata()[0] for line in stars] == [max(data["panels"]["lambda"][0]["accuracies"])]
+    assert data["panels"]["nodes"][0]["accuracies"][-1] == pytest.approx(data["base_accuracy"], abs=0.01)
+
+
+def test_uncompressed(setting, folder):
+    data = read(folder, "uncompressed")["data"]
+    assert len(data["points"]) == len(setting.budgets)
+    tests = len(setting.dataset.test_targets)
+    for point in data["points"]:
+        assert point["theorem_d"] == pytest.approx(point["compressed"] + point["disagreement"])
+        # Clopper-Pearson by the beta distribution, at delta/2 shared among the points.
+        differing = round(point["measured_disagreement"] * tests)
+        level = 1 - data["delta"] / 2 / len(data["points"])
+        assert point["disagreement"] == pytest.approx(beta.ppf(level, differing + 1, tests - differing), rel=1e-9)
+        assert point["pairs"] >= sum(point[f"pairs_{name}"] for name in ("empirical", "bias", "variance"))
+        assert point["theorem_d"] > data["test_error"]
+    left, right = drawn(folder, "uncompressed").axes
+    lines = {line.get_label(): line for line in left.lines}
+    assert lines["Theorem D: sum of both"].get_ydata() == pytest.approx([p["theorem_d"] for p in data["points"]])
+    assert right.get_yscale() == "log"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_series_differ_in_grey(folder, name):
+    for ax in drawn(folder, name).axes:
+        assert_series_differ_in_grey(ax)
+
+
 def test_bound_bars(folder):
     (ax,) = drawn(folder, "bound_bars").axes
     records = read(folder, "bound_bars")["data"]["records"]
@@ -274,7 +354,7 @@ def test_bound_bars(folder):
 
 
 def test_unknown_names_are_refused_before_anything_is_computed(setting, tmp_path):
-    with pytest.raises(ValueError, match=r"unknown figure 'decay': expected one of eigenvalue_decay, degrees_of"):
+    with pytest.raises(ValueError, match=r"unknown figure 'decay': expected one of eigenvalue_decay, spectrum_samples"):
         make_figures(setting, tmp_path / "out", ["eigenvalue_decay", "decay"])
     assert not (tmp_path / "out").exists()
 
@@ -296,8 +376,11 @@ def test_a_failed_drawing_leaves_no_picture(setting, tmp_path, monkeypatch, plac
     def fail(*_, **__):
         raise RuntimeError("no ink")
 
-    target = FIGURES["eigenvalue_decay"] if place == "draw" else Figure
-    monkeypatch.setattr(target, place, fail)
+    if place == "draw":
+        entry = dataclasses.replace(FIGURES["eigenvalue_decay"], draw=fail)
+        monkeypatch.setitem(FIGURES, "eigenvalue_decay", entry)
+    else:
+        monkeypatch.setattr(Figure, place, fail)
     with pytest.raises(RuntimeError, match="no ink"):
         make_figures(setting, tmp_path, ["eigenvalue_decay"])
     # The data stay, so that nothing is computed twice.
@@ -308,7 +391,7 @@ def test_nothing_global_is_touched(folder, monkeypatch):
     monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
     with matplotlib.rc_context({"lines.linewidth": 2.5}):
         before = settings()
-        for name in FIGURES:
+        for name in NAMES:
             redraw(folder / f"{name}.json")
         assert settings() == before
         with pytest.raises(RuntimeError, match="in the middle"):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from specprune._records import format_table, to_json
+from specprune._records import format_table, to_json, to_latex_table
 from specprune.analysis.evaluation import collect_logits, error_rate
 from specprune.compress.batches import CalibrationData, Forward
 from specprune.compress.divergence import Reference
@@ -47,6 +47,15 @@ METHODS: dict[str, dict[str, str]] = {
     "PFP, random": {"method": "pfp-random"},
     "PFP, hybrid": {"method": "pfp-hybrid"},
     "SiPP": {"method": "sipp", "measure": "params"},
+}
+_LATEX_COLUMNS = {
+    "method": "method",
+    "flops_kept": "FLOPs kept",
+    "params_kept": "parameters kept",
+    "error": "error",
+    "divergence": "divergence",
+    "promised": "promised",
+    "local_error": "local error",
 }
 _SAMPLES = 10_000  # on which the divergence is measured
 
@@ -123,6 +132,10 @@ class Comparison:
     def to_json(self) -> str:
         """Return everything as JSON."""
         return to_json(asdict(self))
+
+    def to_latex(self) -> str:
+        """Return one row a network as a LaTeX tabular, which needs the package booktabs."""
+        return to_latex_table(self.to_records(), _LATEX_COLUMNS)
 
     def __str__(self) -> str:
         base = "no labels of a classifier" if self.base_error is None else f"original: error {self.base_error:.4f}"

@@ -30,11 +30,23 @@ METHOD_STYLES: dict[str, dict[str, Any]] = {
     "magnitude": {"color": "#0072B2", "linestyle": "--"},
     "hessian": {"color": "#D55E00", "linestyle": "-."},
     "oracle": {"color": "#009E73", "linestyle": ":"},
-    "magnitude_refit": {"color": "#56B4E9", "linestyle": "--"},
-    "hessian_refit": {"color": "#E69F00", "linestyle": "-."},
-    "magnitude_fresh": {"color": "#999999", "linestyle": "--"},
-    "hessian_fresh": {"color": "#999999", "linestyle": "-."},
-    "oracle_refit": {"color": "#CC79A7", "linestyle": ":"},
+    "magnitude_refit": {"color": "#56B4E9", "linestyle": (0, (7, 1.5))},
+    "hessian_refit": {"color": "#E69F00", "linestyle": (0, (7, 1.5, 1, 1.5, 1, 1.5))},
+    "magnitude_fresh": {"color": "#999999", "linestyle": (0, (2, 2))},
+    "hessian_fresh": {"color": "#999999", "linestyle": (0, (3, 1.5, 1, 1.5, 1, 1.5))},
+    "oracle_refit": {"color": "#CC79A7", "linestyle": (0, (1, 3))},
+}
+#: Of what was simulated or measured, so that dots differ in grey print, too.
+METHOD_MARKERS = {
+    "unpruned": "o",
+    "magnitude": "v",
+    "hessian": "^",
+    "oracle": "s",
+    "magnitude_refit": "D",
+    "hessian_refit": "P",
+    "magnitude_fresh": "<",
+    "hessian_fresh": ">",
+    "oracle_refit": "X",
 }
 METHOD_LABELS = {
     "unpruned": "not pruned",
@@ -126,16 +138,20 @@ def draw_risks(ax: Axes, n: int, records: Sequence[Mapping[str, Any]], methods: 
     for name in methods:
         style = METHOD_STYLES[name]
         label: str | None = METHOD_LABELS[name]
+        dots = [r for r in records if {f"simulated_{name}", f"simulated_{name}_error"} <= r.keys()]
+        dotted = {"color": style["color"], "marker": METHOD_MARKERS[name], "markersize": 3}
+        if dots and any(r.get(name) is not None for r in records):  # one entry of the legend for both
+            ax.plot([], [], label=label, **{**style, **dotted})
+            label = None
         for side in (-1, 1):
             line = [(r["size"], r[name]) for r in records if side * (r["size"] - n) > 0 and r.get(name) is not None]
             if line:
                 ax.plot(*zip(*line, strict=True), label=label, **style)
                 label = None
-        dots = [r for r in records if {f"simulated_{name}", f"simulated_{name}_error"} <= r.keys()]
         if dots:
             means = [r[f"simulated_{name}"] for r in dots]
             errors = [2 * r[f"simulated_{name}_error"] for r in dots]
-            dotted = {"color": style["color"], "fmt": "o", "markersize": 2.5, "elinewidth": 0.8}
+            dotted |= {"linestyle": "none", "elinewidth": 0.8}
             ax.errorbar([r["size"] for r in dots], means, errors, label=label and f"{label} (simulated)", **dotted)
     ax.axvline(n, color="0.6", linewidth=0.8, linestyle=":")
     size_axis(ax)

@@ -20,7 +20,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from tqdm import tqdm
 
 from specprune._records import format_table, to_json
-from specprune.analysis.double_descent import METHOD_STYLES, size_axis
+from specprune.analysis.double_descent import METHOD_MARKERS, METHOD_STYLES, size_axis
 from specprune.bounds.bound import check_count, check_number
 from specprune.compress.pruning import prune
 
@@ -29,11 +29,14 @@ if TYPE_CHECKING:
 
 #: Columns of the results, with their label and the style of the linear model's counterpart.
 COLUMNS = {
-    "unpruned": ("not pruned", METHOD_STYLES["unpruned"]),
-    "magnitude": ("magnitude", METHOD_STYLES["magnitude"]),
-    "spectral": ("spectral", METHOD_STYLES["hessian"]),
-    "magnitude_retrained": ("magnitude, retrained", METHOD_STYLES["magnitude_refit"]),
-    "spectral_retrained": ("spectral, retrained", METHOD_STYLES["hessian_refit"]),
+    name: (label, {**METHOD_STYLES[linear], "marker": METHOD_MARKERS[linear], "markersize": 3.5})
+    for name, label, linear in (
+        ("unpruned", "not pruned", "unpruned"),
+        ("magnitude", "magnitude", "magnitude"),
+        ("spectral", "spectral", "hessian"),
+        ("magnitude_retrained", "magnitude, retrained", "magnitude_refit"),
+        ("spectral_retrained", "spectral, retrained", "hessian_refit"),
+    )
 }
 _PRUNING = {
     "magnitude": {"selection": "magnitude", "reconstruction": "none"},

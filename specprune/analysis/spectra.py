@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from specprune._records import format_table, to_json
+from specprune._records import format_table, to_json, to_latex_table
 from specprune.bounds.degrees_of_freedom import (
     PowerLaw,
     degrees_of_freedom,
@@ -111,6 +111,12 @@ class Spectra(Mapping[str, LayerSpectrum]):
                 "eigenvalues": {name: spectrum.eigenvalues for name, spectrum in self.layers.items()},
             }
         )
+
+    def to_latex(self) -> str:
+        """Return the records as a LaTeX tabular, which needs the package booktabs."""
+        renamed = {"effective_rank": "effective rank", "fit_r2": "R squared of the fit"}
+        records = self.to_records()
+        return to_latex_table(records, {name: renamed.get(name, name) for name in records[0]})
 
     def __str__(self) -> str:
         return format_table(self.to_records(), title="degrees of freedom N(lambda) of each layer's inputs")

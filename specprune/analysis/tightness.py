@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import nn
 
-from specprune._records import escape_latex, format_table, format_value, to_json
+from specprune._records import format_table, to_json, to_latex_table
 from specprune.analysis.approximation import output_distance
 from specprune.analysis.bound_bars import draw_bars
 from specprune.analysis.chain import ChainLayer, trace_chain
@@ -47,7 +47,10 @@ _TEXT_COLUMNS = (
     *("net", "bound", "value", "vacuous", "hypotheses_hold"),
     *(*_TERMS, "dominant", "looseness", "test_error"),
 )
-_LATEX_COLUMNS = ("net", "bound", "value", *_TERMS, "test_error")
+_LATEX_COLUMNS = {
+    **{name: name for name in ("net", "bound", "value", *_TERMS)},
+    "test_error": "test error",
+}
 
 
 @dataclass(frozen=True)
@@ -124,21 +127,7 @@ class BoundTable:
 
         It needs the packages booktabs and xcolor; bounds with a broken hypothesis carry a dagger.
         """
-        rows = []
-        for record in self.to_records():
-            cells = []
-            for name in _LATEX_COLUMNS:
-                value = record[name]
-                cell = escape_latex(value) if isinstance(value, str) else format_value(value)
-                if name == "bound" and not record["hypotheses_hold"]:
-                    cell += r"$^\dagger$"
-                if name == "value" and record["vacuous"]:
-                    cell = rf"\textcolor{{gray}}{{{cell}}}"
-                cells.append(cell)
-            rows.append(" & ".join(cells) + r" \\")
-        head = " & ".join(escape_latex(name) for name in _LATEX_COLUMNS) + r" \\"
-        start = r"\begin{tabular}{ll" + "r" * (len(_LATEX_COLUMNS) - 2) + "}"
-        return "\n".join([start, r"\toprule", head, r"\midrule", *rows, r"\bottomrule", r"\end{tabular}", ""])
+        return to_latex_table(self.to_records(), _LATEX_COLUMNS, mark=_mark)
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the bounds as bars on a logarithmic axis, with the line from which on they are vacuous.
@@ -238,6 +227,14 @@ def bound_table(
         tuple(work.notes),
         tuple(work.measures),
     )
+
+
+def _mark(record: Mapping[str, Any], name: str, cell: str) -> str:
+    if name == "bound" and not record["hypotheses_hold"]:
+        return cell + r"$^\dagger$"
+    if name == "value" and record["vacuous"]:
+        return rf"\textcolor{{gray}}{{{cell}}}"
+    return cell
 
 
 @dataclass(frozen=True)

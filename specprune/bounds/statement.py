@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import sympy as sp
 
+from specprune._records import escape_latex
+
 #: Where a statement's constants come from.
 DERIVED = "form after the source, constants derived here"
 STANDARD = "standard result, stated as in the source"
 RECALLED = "form recalled, not checked against the source's text; its constant is unknown, so it gives no number"
+_GREEK = ("alpha", "beta", "gamma", "delta", "epsilon", "kappa", "lambda", "mu", "rho", "sigma", "theta")
+_LETTERS = "|".join(_GREEK)
+_SYMBOL = re.compile(rf"\b(?P<base>{_LETTERS}|[A-Za-z](?=_))(?:_(?P<index>[A-Za-z0-9]+))?(?![A-Za-z0-9_])")
 
 
 @dataclass(frozen=True)
@@ -46,11 +52,27 @@ class Statement:
 
         It needs no package but amsmath.
         """
-        assumptions = "\n".join(rf"  \item {_text(item)}" for item in self.assumptions)
+        assumptions = "\n".join(rf"  \item {words_to_latex(item)}" for item in self.assumptions)
         return (
-            f"\\paragraph{{{_text(self.title)}}}\n\\[\n{self.latex()}\n\\]\n"
+            f"\\paragraph{{{words_to_latex(self.title)}}}\n\\[\n{self.latex()}\n\\]\n"
             f"\\begin{{itemize}}\n{assumptions}\n\\end{{itemize}}\n"
-            f"Source: {_text(self.source)} ({_text(self.provenance)}).\n"
+            f"Source: {words_to_latex(self.source)} ({words_to_latex(self.provenance)}).\n"
+        )
+
+    def theorem(self) -> str:
+        r"""Return a LaTeX theorem: title, assumptions, formula, and below it source and provenance.
+
+        It needs an environment `theorem`, such as `\newtheorem{theorem}{Theorem}` makes, and the packages amsmath and
+        graphicx: a formula wider than the page is scaled down to it.
+        """
+        assumptions = "\n".join(rf"  \item{{}} {words_to_latex(item)}" for item in self.assumptions)
+        return (
+            f"\\begin{{theorem}}[{{{words_to_latex(self.title)}}}]\\label{{thm:{self.name}}}\n"
+            f"Suppose that\n\\begin{{itemize}}\n{assumptions}\n\\end{{itemize}}\nThen\n"
+            f"\\[\n\\setbox0=\\hbox{{$\\displaystyle {self.latex()}$}}%\n"
+            "\\ifdim\\wd0>\\linewidth\\resizebox{\\linewidth}{!}{\\box0}\\else\\box0\\fi\n\\]\n"
+            "\\end{theorem}\n"
+            f"\\noindent{{\\footnotesize Source: {words_to_latex(self.source)} ({words_to_latex(self.provenance)}).}}\n"
         )
 
     def lambdify(self) -> Callable[..., float]:
@@ -69,10 +91,16 @@ def positive(names: str) -> tuple[sp.Symbol, ...]:
     return tuple(sp.symbols(names, positive=True, seq=True))
 
 
-def _text(words: str) -> str:
-    """Return plain words as LaTeX text."""
-    for character, name in (("\\", r"\textbackslash "), ("^", r"\textasciicircum "), ("~", r"\textasciitilde ")):
-        words = words.replace(character, name)
-    for character in "&%$#_{}":
-        words = words.replace(character, "\\" + character)
-    return words.replace("<=", r"$\leq$").replace(">=", r"$\geq$").replace("<", r"$<$").replace(">", r"$>$")
+def words_to_latex(text: str) -> str:
+    """Return a statement's words as LaTeX: Greek letters that are spelled out, and symbols with an index, as formulas.
+
+    Args:
+        text: such as "mu_j <= mu_0 for all j".
+    """
+    parts, at = [], 0
+    for found in _SYMBOL.finditer(text):
+        base, index = found.group("base"), found.group("index")
+        symbol, below = (f"\\{name}" if name in _GREEK else name for name in (base, index))
+        parts += [escape_latex(text[at : found.start()]), f"${symbol}{'' if index is None else f'_{{{below}}}'}$"]
+        at = found.end()
+    return "".join([*parts, escape_latex(text[at:])])

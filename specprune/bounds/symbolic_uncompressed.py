@@ -307,12 +307,12 @@ def rates_records() -> list[dict[str, Any]]:
 
 
 def rates_latex() -> str:
-    """Return the comparison table as a LaTeX tabular (needs no package)."""
+    """Return the comparison table as a LaTeX tabular, which needs the package booktabs."""
     rows = [
         f"{rate.authors} & ${rate.latex()}$ & {rate.kind} & {'yes' if rate.original else 'no'} \\\\" for rate in RATES
     ]
-    head = [r"\begin{tabular}{llll}", r"Authors & Rate & Type & Original network \\", r"\hline"]
-    return "\n".join([*head, *rows, r"\end{tabular}"])
+    head = [r"\begin{tabular}{llll}", r"\toprule", r"Authors & Rate & Type & Original network \\", r"\midrule"]
+    return "\n".join([*head, *rows, r"\bottomrule", r"\end{tabular}"])
 
 
 def evaluate_rates(values: Mapping[str, float]) -> list[dict[str, Any]]:

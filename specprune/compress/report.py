@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from specprune._records import format_table, to_json
+from specprune._records import format_table, to_json, to_latex_table
 from specprune.bounds.nodes import WeightedNodes
 from specprune.compress.fitted_network import FittedLayer
 from specprune.compress.latency import Latency
@@ -79,6 +79,20 @@ _COLUMNS = (
     "params_after",
     "seconds",
 )
+
+
+_LATEX_COLUMNS = {
+    "group": "group",
+    "width_before": "nodes",
+    "width_after": "kept",
+    "lam": "lambda",
+    "dof": "N(lambda)",
+    "c": "c",
+    "s": "s",
+    "input_loss": "input loss",
+    "output_loss": "output loss",
+    "output_bound": "its ceiling",
+}
 
 
 @dataclass(frozen=True)
@@ -161,6 +175,17 @@ class PruneReport:
     def to_json(self) -> str:
         """Return the whole report as JSON."""
         return to_json(asdict(self))
+
+    def to_latex(self) -> str:
+        """Return what was done to the groups, then to the layers, as LaTeX tabulars, which need booktabs.
+
+        Layers of several kinds have a tabular each.
+        """
+        tables = [to_latex_table([asdict(group) for group in self.groups], _LATEX_COLUMNS)] if self.groups else []
+        for kind in dict.fromkeys(type(layer) for layer in self.layers):
+            records = [asdict(layer) for layer in self.layers if type(layer) is kind]
+            tables.append(to_latex_table(records, {name: name.replace("_", " ") for name in records[0]}))
+        return "\n\\par\\medskip\n".join(tables)
 
     def __str__(self) -> str:
         head = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -9,8 +10,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from specprune._records import jsonable
-from specprune.analysis.trends import Trends
+from specprune._trends import default_plan, trend_points
+from specprune.analysis.trends import Trends, bound_trends
 from specprune.bounds.bound import QUANTISED
+from specprune.figures.setting import Conditions
 from specprune.figures.style import (
     BLACK,
     BLUE,
@@ -23,7 +26,18 @@ from specprune.figures.style import (
     figure_style,
     numbers,
 )
+from specprune.testbed import load_dataset
 
+_QUICK: dict[str, Any] = {
+    "base_samples": 400,
+    "base_width": 24,
+    "samples": (200,),
+    "widths": (12,),
+    "depths": (1,),
+    "noises": (0.5,),
+    "keeps": (0.3,),
+    "steps": 100,
+}
 _COLUMNS = 3
 _ROW_HEIGHT = 1.9
 _DECADE = 8  # settings this far apart get a logarithmic axis
@@ -38,6 +52,23 @@ _STYLES: dict[str, dict[str, Any]] = {
     "Occam (kl)": {"color": BLUE, "marker": "o"},
 }
 _TEST: dict[str, Any] = {"color": BLACK, "marker": ".", "linewidth": 1.6}
+
+
+def compute(conditions: Conditions) -> dict[str, Any]:
+    """Train networks on the digits that differ in one thing each, and return how the bounds on them move.
+
+    Args:
+        conditions: seed and device; quick ones take fewer and smaller networks.
+
+    Returns:
+        See `from_trends`.
+    """
+    plan = default_plan("digits")
+    if conditions.quick:
+        plan = replace(plan, **_QUICK)
+    dataset = load_dataset("digits").to(conditions.device)
+    trends = bound_trends(trend_points(dataset, plan, conditions.seed))
+    return from_trends(trends, f"digits, {plan.net(plan.base_width, plan.base_depth)}")
 
 
 def from_trends(trends: Trends, label: str) -> dict[str, Any]:

@@ -2,13 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from specprune._records import jsonable
-from specprune.analysis.certificate_path import CertificatePath, PathPoint
+from specprune.analysis.certificate_path import FACTORS, CertificatePath, PathPoint, certificate_path
+from specprune.figures.setting import Conditions, Parts
 from specprune.figures.style import figure_style, finish_figure, new_figure
+from specprune.testbed import load_dataset
+
+
+def compute(conditions: Conditions, parts: Parts) -> dict[str, Any]:
+    """Search for certificates on the digits at several widths, half a minute each (three seconds if quick).
+
+    The search stops by the clock: its result is a valid certificate, but not the same one every time.
+
+    Args:
+        conditions: seed and device.
+        parts: each width's search goes on where it was interrupted.
+
+    Returns:
+        See `from_path`.
+    """
+    with contextlib.ExitStack() as stack:
+        folder = parts.folder or stack.enter_context(tempfile.TemporaryDirectory())
+        path = certificate_path(
+            load_dataset("digits"),
+            minutes=0.05 if conditions.quick else 0.5,
+            factors=(0.5, 1.0, 2.0) if conditions.quick else FACTORS,
+            baselines=False,
+            seed=conditions.seed,
+            device=conditions.device,
+            out=folder,
+        )
+    return from_path(path)
 
 
 def from_path(path: CertificatePath) -> dict[str, Any]:

@@ -6,29 +6,23 @@ Each has a `compute`, which returns data for JSON, and a `draw`.
 from __future__ import annotations
 
 import json
-import logging
-import os
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from specprune import __version__
-from specprune._files import write_text
-from specprune._records import jsonable, to_json
+from specprune._records import jsonable
 from specprune.analysis.double_descent import double_descent, draw_risks
 from specprune.analysis.linear_simulation import simulate_risks
 from specprune.analysis.network_descent import COLUMNS, NetworkDescent, network_descent
 from specprune.bounds.correlated_features import Estimate, ReluFeatures, correlated_risks
 from specprune.bounds.overparameterized import LinearProblem
-from specprune.figures.gallery import save_figure
+from specprune.figures.setting import Conditions, Parts
 from specprune.figures.style import figure_style, finish_figure, new_figure
 from specprune.testbed import load_dataset
-
-logger = logging.getLogger(__name__)
 
 _PRUNED = ("unpruned", "magnitude", "hessian", "oracle", "oracle_refit")
 _RETRAINED = ("magnitude", "magnitude_refit", "hessian", "hessian_refit", "oracle_refit")
@@ -61,7 +55,8 @@ def linear_problem(kind: str, n: int = 200, features: int = 4000, keep: int = 10
     return LinearProblem(variances, beta / np.sqrt((variances * beta**2).sum()), noise, n)
 
 
-def _linear_panel(kind: str, quick: bool, seed: int, device: torch.device | str) -> dict[str, Any]:
+def _linear_panel(kind: str, conditions: Conditions) -> dict[str, Any]:
+    quick, seed, device = conditions.quick, conditions.seed, conditions.device
     n, features, keep = (60, 600, 30) if quick else (200, 4000, 100)
     simulated = [int(n * share) for share in (0.6, 0.8, 1.3, 2, 4, 10)]
     draws = 10 if quick else 40
@@ -71,14 +66,21 @@ def _linear_panel(kind: str, quick: bool, seed: int, device: torch.device | str)
     return {"title": f"{kind}, n = {n}, s = {keep}", "ceiling": ceiling, **json.loads(found.to_json())}
 
 
-def compute_linear(quick: bool = False, seed: int = 0, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Return risks of pruned least squares against size, for three covariances, with simulations."""
+def compute_linear(conditions: Conditions, parts: Parts) -> dict[str, Any]:
+    """Return risks of pruned least squares against size, for three covariances, with simulations.
+
+    Args:
+        conditions: sizes, seed, device.
+        parts: each panel is one.
+    """
     kinds = ("identity", "spiked", "power law")
-    return {"panels": [_linear_panel(kind, quick, seed, device) for kind in kinds], "methods": _PRUNED}
+    panels = [parts.get(kind, partial(_linear_panel, kind, conditions)) for kind in kinds]
+    return {"panels": panels, "methods": list(_PRUNED)}
 
 
-def _relu_panel(quick: bool, seed: int, device: torch.device | str) -> dict[str, Any]:
+def _relu_panel(conditions: Conditions) -> dict[str, Any]:
     """Return risks on random ReLU features of several numbers: by law where there is one, and simulated."""
+    quick, seed, device = conditions.quick, conditions.seed, conditions.device
     inputs, n, keep, most = (20, 80, 24, 320) if quick else (120, 600, 180, 2400)
     generator = np.random.default_rng(seed)
     weights = generator.standard_normal((most, inputs)) / np.sqrt(inputs)
@@ -99,17 +101,27 @@ def _relu_panel(quick: bool, seed: int, device: torch.device | str) -> dict[str,
     return {"title": title, "n": n, "ceiling": 1.5, "sizes": records}
 
 
-def compute_retraining(quick: bool = False, seed: int = 0, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Return risks before and after a refit, on independent and on correlated features."""
-    panels = [_linear_panel("spiked", quick, seed, device), _relu_panel(quick, seed, device)]
-    return {"panels": panels, "methods": _RETRAINED}
+def compute_retraining(conditions: Conditions, parts: Parts) -> dict[str, Any]:
+    """Return risks before and after a refit, on independent and on correlated features.
+
+    Args:
+        conditions: sizes, seed, device.
+        parts: each panel is one.
+    """
+    spiked = parts.get("spiked", lambda: _linear_panel("spiked", conditions))
+    relu = parts.get("relu", lambda: _relu_panel(conditions))
+    return {"panels": [spiked, relu], "methods": list(_RETRAINED)}
 
 
-def compute_random_features(quick: bool = False, seed: int = 0, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Return risks on random ReLU features, of the Gaussian law and simulated."""
+def compute_random_features(conditions: Conditions) -> dict[str, Any]:
+    """Return risks on random ReLU features, of the Gaussian law and simulated.
+
+    Args:
+        conditions: sizes, seed, device.
+    """
     return {
-        "panels": [_relu_panel(quick, seed, device)],
-        "methods": ("unpruned", "magnitude", "hessian", "oracle_refit"),
+        "panels": [_relu_panel(conditions)],
+        "methods": ["unpruned", "magnitude", "hessian", "oracle_refit"],
     }
 
 
@@ -132,8 +144,13 @@ def draw_panels(data: Mapping[str, Any], title: str) -> Figure:
     return figure
 
 
-def compute_networks(quick: bool = False, seed: int = 0, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Return test errors and losses of networks of many widths on noisy digits, pruned to one width, and retrained."""
+def compute_networks(conditions: Conditions) -> dict[str, Any]:
+    """Return test errors and losses of networks of many widths on noisy digits, pruned to one width, and retrained.
+
+    Args:
+        conditions: widths and steps, seed, device.
+    """
+    quick, seed, device = conditions.quick, conditions.seed, conditions.device
     dataset = load_dataset("digits")
     n, share = 300, 0.3
     generator = torch.Generator().manual_seed(seed)
@@ -176,69 +193,3 @@ def draw_networks(data: Mapping[str, Any], title: str) -> Figure:
             found.plot(ax, loss=loss)
         finish_figure(figure, title)
     return figure
-
-
-def make_descent_figures(
-    out: str | os.PathLike[str],
-    names: Sequence[str] | None = None,
-    quick: bool = False,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-) -> list[Path]:
-    """Compute and draw figures, and write each as `<name>.json`, `<name>.pdf` and `<name>.png`.
-
-    Args:
-        out: the folder; made if it is not there.
-        names: keys of `DESCENT_FIGURES`; all of them if None.
-        quick: small problems and few draws.
-        seed: of all draws.
-        device: where to simulate and train.
-
-    Returns:
-        The files, in the order in which they were written.
-
-    Raises:
-        ValueError: an unknown name.
-    """
-    chosen = list(DESCENT_FIGURES) if names is None else list(names)
-    unknown = [name for name in chosen if name not in DESCENT_FIGURES]
-    if unknown:
-        raise ValueError(f"unknown figures {unknown}: expected some of {', '.join(DESCENT_FIGURES)}")
-    folder, paths = Path(out), []
-    for name in chosen:
-        figure = DESCENT_FIGURES[name]
-        logger.info("figure %s: computing", name)
-        data = figure.compute(quick, seed, device)
-        made_by = {
-            "quick": quick,
-            "seed": seed,
-            "device": str(device),
-            "specprune": __version__,
-            "torch": torch.__version__,
-        }
-        path = folder / f"{name}.json"
-        write_text(path, to_json({"figure": name, "provenance": made_by, "data": data}) + "\n")
-        paths += [path, *save_figure(figure.draw(data, figure.title), folder / name)]
-    return paths
-
-
-class DescentFigure(NamedTuple):
-    """A figure that needs no trained network.
-
-    Attributes:
-        title: above it.
-        compute: takes quick, seed and device; returns data for JSON.
-        draw: takes the data and the title.
-    """
-
-    title: str
-    compute: Callable[..., dict[str, Any]]
-    draw: Callable[[Mapping[str, Any], str], Figure]
-
-
-DESCENT_FIGURES = {
-    "double_descent": DescentFigure("Pruned least squares: double descent", compute_linear, draw_panels),
-    "retraining": DescentFigure("When a refit helps", compute_retraining, draw_panels),
-    "random_features": DescentFigure("Random features", compute_random_features, draw_panels),
-    "network_descent": DescentFigure("Networks on noisy digits, pruned to 10 nodes", compute_networks, draw_networks),
-}

@@ -51,10 +51,10 @@ def draw(data: dict[str, Any]) -> Figure:
             index = np.arange(1, len(shares) + 1)
             style = series_style(k)
             # markevery as a float spaces markers evenly on the page; by index they would crowd at the right.
-            ax.plot(index, shares, label=_label(layer), markevery=0.08, **{**style, "linestyle": "-"})
+            ax.plot(index, shares, label=_label(layer), markevery=0.08, **style)
             if layer["fit"] is not None:
                 fitted = layer["fit"]["mu0"] * index ** (-1.0 / layer["fit"]["beta"])
-                ax.plot(index, fitted, color=style["color"], linestyle=(0, (5, 2)), linewidth=0.6)
+                ax.plot(index, fitted, color=style["color"], linewidth=0.5)
         lowest = min(min(numbers(layer["shares"])) for layer in data["layers"])
         ax.set_xscale("log")
         ax.set_yscale("log")

@@ -1,133 +1,176 @@
-"""All figures of one setting in a folder, each as its data (JSON), a PDF and a PNG."""
+"""Figures in a folder, each as its data with what made them (JSON), and as pictures."""
 
 from __future__ import annotations
 
-import json
+import hashlib
 import logging
 import os
+import platform
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from tqdm import tqdm
 
 from specprune import __version__
-from specprune._files import atomic_write, write_text
+from specprune._files import atomic_write
 from specprune._records import to_json
-from specprune.figures import (
-    approximation_error,
-    bias_variance,
-    bound_bars,
-    comparison,
-    degrees_of_freedom,
-    eigenvalue_decay,
-    selection_rules,
-)
-from specprune.figures.setting import FigureSetting
+from specprune.figures.data_files import read_record, write_record
+from specprune.figures.registry import FIGURES, NETWORK, GalleryFigure
+from specprune.figures.setting import Conditions, FigureSetting, Parts
 from specprune.figures.style import figure_style
 
 logger = logging.getLogger(__name__)
 
-FIGURES: dict[str, ModuleType] = {
-    "eigenvalue_decay": eigenvalue_decay,
-    "degrees_of_freedom": degrees_of_freedom,
-    "approximation_error": approximation_error,
-    "bias_variance": bias_variance,
-    "bound_bars": bound_bars,
-    "selection_rules": selection_rules,
-    "comparison": comparison,
+#: The formats of pictures.  Without a date and a program version, the same data give the same file.
+FORMATS: dict[str, dict[str, None]] = {
+    "pdf": {"CreationDate": None},
+    "png": {"Software": None},
 }
-# Without a date and a program version, the same data give the same file.
-_METADATA: dict[str, dict[str, None]] = {"pdf": {"CreationDate": None}, "png": {"Software": None}}
 
 
-def make_figures(setting: FigureSetting, out: str | os.PathLike[str], names: Sequence[str] | None = None) -> list[Path]:
-    """Compute and draw figures, and write each as `<name>.json`, `<name>.pdf` and `<name>.png`.
+def make_figures(
+    setting: FigureSetting | None,
+    out: str | os.PathLike[str],
+    names: Sequence[str] | None = None,
+    *,
+    conditions: Conditions | None = None,
+    formats: Sequence[str] = tuple(FORMATS),
+    command: str = "",
+) -> list[Path]:
+    """Compute and draw figures, and write each as `<name>.json` and, in every format, as a picture.
 
-    The data are written before anything is drawn, so that a figure can be drawn again (`redraw`) without computing.
+    The data are written before anything is drawn.  Data that are there already and were computed from the same inputs
+    by the same version of the package are drawn again, not computed again; to compute them anew, delete the file.
 
     Args:
-        setting: network and data.
+        setting: network and data; None where no figure of `names` needs a network.
         out: the folder; made if it is not there.
-        names: keys of `FIGURES`; all of them if None.
+        names: keys of `FIGURES`; all that can be made from the setting if None.
+        conditions: of figures that need no network; by default the setting's seed, quickness and device.
+        formats: of the pictures, keys of `FORMATS`.
+        command: the words of the command line, for the record.
 
     Returns:
-        The files, in the order in which they were written.
+        The files, in the order in which they were written: data, then pictures.
 
     Raises:
-        ValueError: an unknown name, or a network that pruning or the bounds refuse.
+        ValueError: an unknown name or format, a figure that needs a network without one, or a network that pruning or
+            the bounds refuse.
     """
-    chosen = list(FIGURES) if names is None else list(names)
-    for name in chosen:
-        _find(name)
-    folder = Path(out)
-    paths = []
-    for name in chosen:
-        logger.info("figure %s: computing", name)
-        record = {"figure": name, "provenance": _provenance(setting), "data": FIGURES[name].compute(setting)}
-        path = folder / f"{name}.json"
-        write_text(path, to_json(record) + "\n")
-        paths += [path, *redraw(path)]
-        logger.info("figure %s: written to %s", name, path.with_suffix(".pdf"))
+    unknown = [form for form in formats if form not in FORMATS]
+    if unknown or not formats:
+        raise ValueError(f"formats {list(formats)}: expected some of {', '.join(FORMATS)}")
+    if conditions is None:
+        conditions = Conditions() if setting is None else Conditions(setting.seed, setting.quick, setting.device)
+    possible = [name for name, figure in FIGURES.items() if setting is not None or figure.needs != NETWORK]
+    chosen = [_find(name) for name in (possible if names is None else names)]
+    sources: list[FigureSetting | Conditions] = []
+    for figure in chosen:
+        if figure.needs == NETWORK and setting is None:
+            raise ValueError(f"figure {figure.name!r} needs a trained network and its data: give a FigureSetting")
+        sources.append(setting if figure.needs == NETWORK and setting is not None else conditions)
+    folder, paths = Path(out), []
+    pairs = zip(chosen, sources, strict=True)
+    for figure, source in tqdm(pairs, total=len(chosen), desc="figures", disable=None, leave=False):
+        path = folder / f"{figure.name}.json"
+        _provide(figure, source, path, command)
+        paths += [path, *redraw(path, formats)]
+        logger.info("figure %s: drawn beside %s", figure.name, path)
     return paths
 
 
-def redraw(path: str | os.PathLike[str]) -> list[Path]:
-    """Draw a figure from the data that `make_figures` saved, and write PDF and PNG beside them.
+def redraw(path: str | os.PathLike[str], formats: Sequence[str] = tuple(FORMATS)) -> list[Path]:
+    """Draw a figure from the data that `make_figures` saved, and write the pictures beside them.
 
     Args:
         path: the JSON file.
+        formats: of the pictures, keys of `FORMATS`.
 
     Returns:
-        The PDF and the PNG file.
+        The pictures.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file does not hold the data of a figure.
     """
     source = Path(path)
-    try:
-        record = json.loads(source.read_text(encoding="utf-8"))
-        name, data = record["figure"], record["data"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{source}: expected a figure's data as make_figures writes them ({error!r})") from error
-    figure = _find(name).draw(data)
-    return save_figure(figure, source.with_suffix(""))
+    record = read_record(source)
+    figure = _find(record["figure"]).draw(record["data"])
+    return save_figure(figure, source.with_suffix(""), formats)
 
 
-def _find(name: Any) -> ModuleType:
+def save_figure(figure: Figure, stem: str | os.PathLike[str], formats: Sequence[str] = tuple(FORMATS)) -> list[Path]:
+    """Write a figure as `<stem>.<format>`, each whole or not at all, without dates.
+
+    Args:
+        figure: what a figure module's `draw` returned.
+        stem: path without a suffix.
+        formats: keys of `FORMATS`.
+
+    Returns:
+        The files.
+    """
+    paths = [Path(f"{os.fspath(stem)}.{kind}") for kind in formats]
+    for path, kind in zip(paths, formats, strict=True):
+        with figure_style(), atomic_write(path) as stream:
+            figure.savefig(stream, format=kind, metadata=FORMATS[kind])
+    return paths
+
+
+def _find(name: Any) -> GalleryFigure:
     if name not in FIGURES:
         raise ValueError(f"unknown figure {name!r}: expected one of {', '.join(FIGURES)}")
     return FIGURES[name]
 
 
-def save_figure(figure: Figure, stem: str | os.PathLike[str]) -> list[Path]:
-    """Write a figure as `<stem>.pdf` and `<stem>.png`, each whole or not at all, without dates.
+def _provide(figure: GalleryFigure, source: FigureSetting | Conditions, path: Path, command: str) -> None:
+    """See that the data of a figure are in the file, computed from these inputs."""
+    inputs = {"figure": figure.name, "specprune": __version__, **source.inputs}
+    digest = hashlib.sha256(to_json(inputs).encode()).hexdigest()
+    if _digest_of(path) == digest:
+        logger.info("figure %s: data of the same inputs are there", figure.name)
+        return
+    logger.info("figure %s: computing", figure.name)
+    parts = Parts(path.parent / f".{figure.name}-{digest[:12]}")
+    data = figure.compute(source, parts) if figure.in_parts else figure.compute(source)
+    record = {
+        "figure": figure.name,
+        "title": figure.title,
+        "inputs": inputs,
+        "digest": digest,
+        "provenance": _provenance(source, command),
+        "data": data,
+    }
+    write_record(path, record)
+    if parts.folder is not None:
+        shutil.rmtree(parts.folder, ignore_errors=True)
 
-    Args:
-        figure: what a figure module's `draw` returned.
-        stem: path without a suffix.
 
-    Returns:
-        The two files.
-    """
-    paths = [Path(f"{os.fspath(stem)}.{kind}") for kind in _METADATA]
-    for path, kind in zip(paths, _METADATA, strict=True):
-        with figure_style(), atomic_write(path) as stream:
-            figure.savefig(stream, format=kind, metadata=_METADATA[kind])
-    return paths
+def _digest_of(path: Path) -> str | None:
+    """Return the digest in a figure's file; None if there is no such file, or not a whole one of ours."""
+    try:
+        return read_record(path).get("digest")
+    except (FileNotFoundError, ValueError):
+        return None
 
 
-def _provenance(setting: FigureSetting) -> dict[str, Any]:
+def _provenance(source: FigureSetting | Conditions, command: str) -> dict[str, Any]:
+    device = torch.device(source.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
-        "label": setting.label,
-        "seed": setting.seed,
-        "calibration": setting.calibration,
+        **({"label": source.label, "calibration": source.calibration} if isinstance(source, FigureSetting) else {}),
+        "seed": source.seed,
+        "quick": source.quick,
+        "device": f"{device} ({name})",
+        "command": command,
         "specprune": __version__,
+        "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
         "matplotlib": matplotlib.__version__,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from tqdm import tqdm
 
 from specprune.compress import CalibrationData, collect_moments, prune
-from specprune.figures.setting import FigureSetting
+from specprune.figures.setting import FigureSetting, Parts
 from specprune.figures.style import (
     BLACK,
     BLUE,
@@ -47,11 +49,12 @@ _STYLES: dict[str, dict[str, Any]] = {
 }
 
 
-def compute(setting: FigureSetting) -> dict[str, Any]:
+def compute(setting: FigureSetting, parts: Parts) -> dict[str, Any]:
     """Return the test accuracy after pruning by each rule, to the same widths, with and without the refit.
 
     Args:
         setting: network and data.  Random rules are run with three seeds, from `setting.seed` on.
+        parts: each curve is one.
 
     Returns:
         "label", "base_accuracy" of the unpruned network, and "curves": rule, reconstruction, and "points" with the
@@ -60,9 +63,9 @@ def compute(setting: FigureSetting) -> dict[str, Any]:
     data = CalibrationData(setting.calibration_batches)
     test = setting.dataset.test_batches()
     moments = collect_moments(setting.model, data)
-    curves = []
-    for rule, reconstruction in _CURVES:
-        points = []
+
+    def points(rule: str, reconstruction: str) -> list[dict[str, Any]]:
+        found = []
         for keep in setting.budgets:
             accuracies = []
             for repeat in range(_REPEATS if rule in _RANDOM_RULES else 1):
@@ -78,9 +81,14 @@ def compute(setting: FigureSetting) -> dict[str, Any]:
                 )
                 accuracies.append(1.0 - evaluate(pruned.model, test)[0])
             kept = pruned.report.flops_after / pruned.report.flops_before
-            points.append({"flops_kept": kept, "accuracies": accuracies})
+            found.append({"flops_kept": kept, "accuracies": accuracies})
         logger.info("%s, reconstruction %s: done", rule, reconstruction)
-        curves.append({"rule": rule, "reconstruction": reconstruction, "points": points})
+        return found
+
+    curves = []
+    for rule, reconstruction in tqdm(_CURVES, desc="rules", disable=None, leave=False):
+        found = parts.get(f"{rule}-{reconstruction}", partial(points, rule, reconstruction))
+        curves.append({"rule": rule, "reconstruction": reconstruction, "points": found})
     base = 1.0 - evaluate(setting.model, test)[0]
     return {"label": setting.label, "base_accuracy": base, "curves": curves}
 

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from specprune._files import write_text
+from specprune._records import to_json
 from specprune.analysis import Spectra, Tradeoff, layer_spectra, tradeoff
 from specprune.analysis.tradeoff import KEEP_GRID
 from specprune.compress import CalibrationData
@@ -31,6 +39,7 @@ class FigureSetting:
         keep: fractions of the FLOPs to prune to; those below the smallest network there is are left out.
         seed: of all random choices.
         tradeoff: the trade-off curve, if it is known already; `curve` computes it if None.
+        quick: fewer settings and repetitions in the figures that vary some of their own.
 
     Raises:
         ValueError: no calibration image, or no fraction.
@@ -43,12 +52,37 @@ class FigureSetting:
     keep: tuple[float, ...] = KEEP_GRID
     seed: int = 0
     tradeoff: Tradeoff | None = None
+    quick: bool = False
 
     def __post_init__(self) -> None:
         if self.calibration < 1 or not self.keep:
             raise ValueError(
                 f"calibration={self.calibration}, keep={self.keep}: expected at least one image and one fraction"
             )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.model.parameters()).device
+
+    @cached_property
+    def inputs(self) -> dict[str, Any]:
+        """All that the figures' data depend on, large things as SHA-256 digests, for JSON."""
+        data = self.dataset
+        tensors = (data.train_inputs, data.train_targets, data.test_inputs, data.test_targets)
+        curve = None if self.tradeoff is None else _digest([self.tradeoff.to_json().encode()])
+        return {
+            "label": self.label,
+            "network": _digest([str(self.model).encode(), *_tensor_bytes(self.model.state_dict().values())]),
+            "data": data.name,
+            "samples": [len(data.train_inputs), len(data.test_inputs)],
+            "data_digest": _digest(_tensor_bytes(tensors)),
+            "calibration": self.calibration,
+            "keep": list(self.keep),
+            "tradeoff": curve,
+            "seed": self.seed,
+            "quick": self.quick,
+        }
 
     @cached_property
     def calibration_batches(self) -> list[tuple[Tensor, Tensor]]:
@@ -89,3 +123,64 @@ class FigureSetting:
             input_radius=self.dataset.input_radius,
             seed=self.seed,
         )
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What figures without a trained network depend on.
+
+    Args:
+        seed: of all random choices.
+        quick: small problems and few draws: seconds instead of minutes.
+        device: where to simulate and train.
+    """
+
+    seed: int = 0
+    quick: bool = False
+    device: torch.device | str = "cpu"
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """All that the figures' data depend on, for JSON."""
+        return {"seed": self.seed, "quick": self.quick}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Finished parts of a figure's data, kept in files until all are there, so that an interrupted run can go on.
+
+    Args:
+        folder: where to keep them; None keeps nothing.
+    """
+
+    folder: Path | None = None
+
+    def get(self, name: str, compute: Callable[[], Any]) -> Any:
+        """Return a part: from its file if there is one, else computed and written down.
+
+        Args:
+            name: a file name without suffix; each part of a figure has its own.
+            compute: returns the part, in types that `to_json` takes.
+
+        Returns:
+            The part as JSON gives it back.
+        """
+        if self.folder is None:
+            return json.loads(to_json(compute()))
+        path = self.folder / f"{name}.json"
+        if not path.is_file():
+            write_text(path, to_json(compute()) + "\n")
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _tensor_bytes(tensors: Iterable[Tensor]) -> Iterable[bytes]:
+    for tensor in tensors:
+        yield f"{tensor.dtype} {tuple(tensor.shape)}".encode()
+        yield tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _digest(chunks: Iterable[bytes]) -> str:
+    found = hashlib.sha256()
+    for chunk in chunks:
+        found.update(chunk)
+    return found.hexdigest()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import matplotlib.style
@@ -55,7 +55,9 @@ def series_style(index: int) -> dict[str, Any]:
     }
 
 
-def new_figure(columns: int = 1, panels: int = 1, height: float = 2.4) -> tuple[Figure, list[Axes]]:
+def new_figure(
+    columns: int = 1, panels: int = 1, height: float = 2.4, sharey: bool = False
+) -> tuple[Figure, list[Axes]]:
     """Return a figure as wide as one or two columns of a paper, with panels side by side.
 
     It belongs to no window and to no global list of figures, so it needs no closing.
@@ -64,6 +66,7 @@ def new_figure(columns: int = 1, panels: int = 1, height: float = 2.4) -> tuple[
         columns: 1 (3.4 inches) or 2 (7.0 inches).
         panels: number of axes, at least 1.
         height: in inches, without the legends that `finish_figure` adds.
+        sharey: whether all panels have one vertical axis, labelled at the left.
 
     Raises:
         ValueError: another number of columns, or no panel.
@@ -71,7 +74,7 @@ def new_figure(columns: int = 1, panels: int = 1, height: float = 2.4) -> tuple[
     if columns not in COLUMN_WIDTHS or panels < 1:
         raise ValueError(f"columns={columns}, panels={panels}: expected 1 or 2 columns and at least 1 panel")
     figure = Figure(figsize=(COLUMN_WIDTHS[columns], height), layout="constrained")
-    return figure, list(figure.subplots(1, panels, squeeze=False)[0])
+    return figure, list(figure.subplots(1, panels, sharey=sharey, squeeze=False)[0])
 
 
 def finish_figure(figure: Figure, title: str, columns: int = 2) -> None:
@@ -97,6 +100,28 @@ def finish_figure(figure: Figure, title: str, columns: int = 2) -> None:
                 break
         tallest = max(tallest, size.height / figure.dpi)
     figure.set_figheight(figure.get_figheight() + tallest)
+
+
+def shared_legend(figure: Figure, axes: Sequence[Axes], title: str) -> None:
+    """Put one legend below all panels, and a title above them; the figure grows by the legend's height.
+
+    Args:
+        figure: with a constrained layout and labelled curves.
+        axes: whose curves are in the legend; of equal labels the first counts.
+        title: one line.
+    """
+    figure.suptitle(title)
+    handles: dict[str, Any] = {}
+    for ax in axes:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    for ncols in range(len(handles), 0, -1):
+        legend = figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=ncols)
+        size = legend.get_window_extent()
+        if size.width <= 0.98 * figure.bbox.width or ncols == 1:
+            break
+        legend.remove()
+    figure.set_figheight(figure.get_figheight() + size.height / figure.dpi)
 
 
 def numbers(values: Iterable[Any]) -> np.ndarray:
