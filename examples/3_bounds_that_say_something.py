@@ -51,7 +51,8 @@ with figure_style():
     ax.hlines(range(len(sizes)), 1, sizes, color="0.8", linewidth=1)
     for row, value in enumerate(sizes):
         ax.plot(value, row, "o", color=VERMILION if value >= 100 else BLUE)
-        ax.text(1.4 * value, row, f"{value:,.0f} %", va="center", fontsize=7, backgroundcolor="white")
+        white = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+        ax.text(1.5 * value, row, f"{value:,.0f} %", va="center", fontsize=7, bbox=white)
     ax.axvline(100, **REFERENCE, zorder=0)
     ax.set_yticks(range(len(sizes)), list(values))
     ax.set(xscale="log", xlim=(1, 1e7), xlabel="bound on the error (%), 1400 training images")
