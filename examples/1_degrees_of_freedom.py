@@ -36,8 +36,8 @@ with figure_style():
 # %% [markdown]
 # ## The formula
 #
-# Let $\phi$ be the vector of the nodes' outputs and $\Sigma = \frac1n \sum_i \phi_i \phi_i^\top$ their second moments.
-# The eigenvalues $\mu_1 \ge \mu_2 \ge \dots$ of $\Sigma$ are the squared lengths of the cloud. Then
+# Let $\phi$ be the vector of the nodes' outputs and $\Sigma = \frac1n \sum_i \phi_i \phi_i^\top$ their second
+# moments. The eigenvalues $\mu_1 \ge \mu_2 \ge \dots$ of $\Sigma$ are the squared lengths of the cloud. Then
 #
 # $$N(\lambda) = \sum_j \frac{\mu_j}{\mu_j + \lambda} = \mathrm{Tr}\, \Sigma (\Sigma + \lambda I)^{-1}.$$
 
@@ -76,8 +76,8 @@ with figure_style():
 # Fit any target $y$ by ridge regression on the nodes: the fitted values are $\hat y = H y$ with
 # $H = \Phi (\Phi^\top \Phi + n \lambda I)^{-1} \Phi^\top$.
 #
-# A fit that follows the target point by point has $\mathrm{Tr}\, H$ equal to the number of its parameters. With a ridge
-# it follows less, and $\mathrm{Tr}\, H = N(\lambda)$ is what is left of the parameters.
+# A fit that follows the target point by point has $\mathrm{Tr}\, H$ equal to the number of its parameters. With a
+# ridge it follows less, and $\mathrm{Tr}\, H = N(\lambda)$ is what is left of the parameters.
 
 # %%
 hat = flat @ np.linalg.solve(flat.T @ flat + len(flat) * noise * np.eye(2), flat.T)
@@ -86,11 +86,12 @@ print(f"Tr H = {np.trace(hat):.6f}   N = {by_hand:.6f}")
 # %% [markdown]
 # ## A trained network
 #
-# A small network learns the digits that come with the package: 64 pixels, hidden layers of 128 and 64 nodes, 10 classes.
+# A small network learns the digits that come with the package: 64 pixels, hidden layers of 128 and 64 nodes, 10
+# classes.
 #
 # **What do you expect?** Layer `fc2` reads 128 nodes. Take $\lambda$ at one percent of all their energy,
-# $\lambda = 0.01\,\mathrm{Tr}\,\Sigma$. How many of 128 dimensions stand above that noise: about 10, about 50, or more
-# than 100? Write a number down.
+# $\lambda = 0.01\,\mathrm{Tr}\,\Sigma$. How many of 128 dimensions stand above that noise: about 10, about 50, or
+# more than 100? Write a number down.
 
 # %%
 data = load_dataset("digits")
@@ -151,9 +152,9 @@ with figure_style():
 # %% [markdown]
 # ## Why it matters
 #
-# A ridge of size $\lambda$ cannot tell apart what is smaller than $\lambda$. So about $N(\lambda)$ well chosen nodes are
-# enough to say what all nodes say, up to an error of about $\lambda$. That is spectral pruning, and the next example
-# does it by hand.
+# A ridge of size $\lambda$ cannot tell apart what is smaller than $\lambda$. So about $N(\lambda)$ well chosen nodes
+# are enough to say what all nodes say, up to an error of about $\lambda$. That is spectral pruning, and the next
+# example does it by hand.
 #
 # ## Exercises
 #
@@ -165,8 +166,8 @@ with figure_style():
 # The answers follow.
 
 # %% [markdown]
-# **Answer 1.** $N$ falls with $\lambda$, so bisection works; on a logarithmic scale, because $\lambda$ spans many powers
-# of ten.
+# **Answer 1.** $N$ falls with $\lambda$, so bisection works; on a logarithmic scale, because $\lambda$ spans many
+# powers of ten.
 
 # %%
 low, high = 1e-12, hidden.trace
@@ -199,9 +200,9 @@ print(f"N = {once:.6f} with {hidden.width} nodes, {doubled:.6f} with {len(twice)
 assert np.isclose(once, doubled, rtol=1e-8)
 
 # %% [markdown]
-# **Answer 4.** More, at one percent. Training puts more of the energy into the ten leading directions, and there are ten
-# classes. The pixels are the same before and after, of course. (At ten percent it is the other way round: ask how many
-# degrees of freedom there are, and the answer is "at which noise?".)
+# **Answer 4.** More, at one percent. Training puts more of the energy into the ten leading directions, and there are
+# ten classes. The pixels are the same before and after, of course. (At ten percent it is the other way round: ask how
+# many degrees of freedom there are, and the answer is "at which noise?".)
 
 # %%
 fresh = layer_spectra(initial_network(trained), data.train_batches())

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # 2. Prune a network by hand
 #
-# A trained layer has 128 nodes. We keep 16 of them, and refit what reads them, with a few lines of NumPy. Then we check
-# that the package does the same.
+# A trained layer has 128 nodes. We keep 16 of them, and refit what reads them, with a few lines of NumPy. Then we
+# check that the package does the same.
 
 # %%
 import matplotlib.pyplot as plt
@@ -26,10 +26,7 @@ rules = {
     "greedy, refit": {"selection": "greedy", "reconstruction": "channel"},
 }
 errors = {
-    rule: [
-        evaluate(prune(model, batches, widths={"fc1": size}, **how).model, test_batches)[0]
-        for size in sizes
-    ]
+    rule: [evaluate(prune(model, batches, widths={"fc1": size}, **how).model, test_batches)[0] for size in sizes]
     for rule, how in rules.items()
 }
 
@@ -50,8 +47,8 @@ with figure_style():
 # %% [markdown]
 # ## Step 1: the second moments
 #
-# Let $\phi(x) \in \mathbb{R}^{m}$ be the outputs of the $m = 128$ nodes, after the ReLU, as the next layer reads them.
-# All we need to know about them is
+# Let $\phi(x) \in \mathbb{R}^{m}$ be the outputs of the $m = 128$ nodes, after the ReLU, as the next layer reads
+# them. All we need to know about them is
 #
 # $$\Sigma = \frac1n \sum_{i=1}^n \phi(x_i)\, \phi(x_i)^\top .$$
 
@@ -73,13 +70,13 @@ print(f"{len(phi)} images, Sigma is {sigma.shape[0]} x {sigma.shape[1]}, Tr Sigm
 # %% [markdown]
 # ## Step 2: rebuild all nodes from a few
 #
-# Keep the nodes $J$. Which linear map $A$ makes $A\,\phi_J$ as near to $\phi$ as possible? That is a regression of all
-# nodes on the kept ones, with a small ridge so that nothing is divided by zero:
+# Keep the nodes $J$. Which linear map $A$ makes $A\,\phi_J$ as near to $\phi$ as possible? That is a regression of
+# all nodes on the kept ones, with a small ridge so that nothing is divided by zero:
 #
 # $$A_J = \Sigma_{F J}\,(\Sigma_{JJ} + I_\tau)^{-1}, \qquad F = \{1, \dots, m\}.$$
 #
-# The ridge of node $j$ is $\tau_j = \lambda\, |J|\, q_j$ with its leverage score $q_j$ (example 1): a node that carries
-# much may be used less freely. With $\lambda$ as small as here, it hardly matters.
+# The ridge of node $j$ is $\tau_j = \lambda\, |J|\, q_j$ with its leverage score $q_j$ (example 1): a node that
+# carries much may be used less freely. With $\lambda$ as small as here, it hardly matters.
 
 # %%
 lam = 1e-6 * np.trace(sigma)
@@ -122,13 +119,13 @@ def output_loss(kept, size=None):
 print(f"loss of the first 16 nodes: {output_loss(first):.4f}")
 
 # %% [markdown]
-# Much better: 16 nodes of 128, not even chosen, tell nearly everything. The nodes repeat each other; example 1 counted
-# about ten degrees of freedom.
+# Much better: 16 nodes of 128, not even chosen, tell nearly everything. The nodes repeat each other; example 1
+# counted about ten degrees of freedom.
 #
 # ## Step 4: choose the nodes
 #
-# All sets of 16 nodes of 128 are about $10^{20}$: too many. **Greedy** takes the best node, then the one that helps it
-# most, and so on. Each step tries every node that is left.
+# All sets of 16 nodes of 128 are about $10^{20}$: too many. **Greedy** takes the best node, then the one that helps
+# it most, and so on. Each step tries every node that is left.
 
 # %%
 keep = 16
@@ -156,8 +153,8 @@ with figure_style():
 # %% [markdown]
 # ## Step 5: fold the map into the next layer
 #
-# The next layer computed $W \phi + b$. Now it computes $W A_J\, \phi_J + b$. So its new weights are $W^\# = W A_J$, and
-# the small network is an ordinary one: 16 nodes, and a matrix of 64 x 16.
+# The next layer computed $W \phi + b$. Now it computes $W A_J\, \phi_J + b$. So its new weights are $W^\# = W A_J$,
+# and the small network is an ordinary one: 16 nodes, and a matrix of 64 x 16.
 
 # %%
 kept = np.array(chosen)
@@ -196,8 +193,9 @@ assert np.isclose(report.output_loss, output_loss(kept), rtol=1e-6)
 assert relative < 1e-9
 
 # %% [markdown]
-# The paper's map leaves the bias $b$ alone. The package's own refit ("sequential", the default) also fits the constant,
-# and it refits each layer on what the pruned layers before it really give. **What do you expect** of the same 16 nodes?
+# The paper's map leaves the bias $b$ alone. The package's own refit ("sequential", the default) also fits the
+# constant, and it refits each layer on what the pruned layers before it really give. **What do you expect** of the
+# same 16 nodes?
 
 # %%
 refitted = prune(model, batches, widths={"fc1": keep}, selection="greedy").model
@@ -221,13 +219,14 @@ for name, network in (
 print(f"{'not pruned':25}  {0:8.2%}   {error_full:10.1%}")
 
 # %% [markdown]
-# The same nodes come nearer. The default rule takes nodes away one by one instead of adding them; on this small network
-# that gains nothing. Test errors differ by a few of 397 images: pruning aims at what the network computes, not at labels.
+# The same nodes come nearer. The default rule takes nodes away one by one instead of adding them; on this small
+# network that gains nothing. Test errors differ by a few of 397 images: pruning aims at what the network computes,
+# not at labels.
 #
 # ## Exercises
 #
-# 1. Check that $L_B$ is what it says: compute the mean square of $W \phi - W A_J \phi_J$ over the images, and compare it
-#    with $\mathrm{Tr}\, W R\, W^\top$ when there is hardly any ridge.
+# 1. Check that $L_B$ is what it says: compute the mean square of $W \phi - W A_J \phi_J$ over the images, and compare
+#    it with $\mathrm{Tr}\, W R\, W^\top$ when there is hardly any ridge.
 # 2. Keep all nodes but with $J$ in another order. What is $A_J$?
 # 3. Swap one chosen node for one that is not chosen, in all ways. Is greedy's set the best of these?
 # 4. Do you need labels for any of this?
@@ -250,8 +249,8 @@ assert square / total <= output_loss(kept)
 assert np.isclose((square + penalty) / total, output_loss(kept), rtol=1e-8)
 
 # %% [markdown]
-# **Answer 2.** A permutation matrix, up to the ridge: each node is rebuilt from itself. Nodes that never fire are left
-# out here; there is nothing to rebuild.
+# **Answer 2.** A permutation matrix, up to the ridge: each node is rebuilt from itself. Nodes that never fire are
+# left out here; there is nothing to rebuild.
 
 # %%
 alive = np.flatnonzero(np.diag(sigma) > 0)
@@ -263,8 +262,8 @@ print(f"share of the energy that is not rebuilt: {left:.1e}; mean weight of a no
 assert left < 1e-4
 
 # %% [markdown]
-# **Answer 3.** Greedy is not optimal in general: its gains do not even shrink from step to step as those of a submodular
-# function would. Swaps may find better sets.
+# **Answer 3.** Greedy is not optimal in general: its gains do not even shrink from step to step as those of a
+# submodular function would. Swaps may find better sets.
 
 # %%
 swaps = {
@@ -279,11 +278,13 @@ print(f"{better} of {len(swaps)} swaps are better; the best ({out} for {new}) ha
 assert best_swap > 0.5 * output_loss(chosen)
 
 # %% [markdown]
-# **Answer 4.** No: $\Sigma$ and $W$ know nothing of labels. Any images of the right kind will do. With the package, leave
-# the labels out of the batches.
+# **Answer 4.** No: $\Sigma$ and $W$ know nothing of labels. Any images of the right kind will do. With the package,
+# leave the labels out of the batches.
 
 # %%
-unlabelled = prune(model, [data.train_inputs.double()], widths={"fc1": keep}, selection="greedy", reconstruction="channel")
+unlabelled = prune(
+    model, [data.train_inputs.double()], widths={"fc1": keep}, selection="greedy", reconstruction="channel"
+)
 assert np.array_equal(unlabelled.nodes["fc1"].indices, kept)
 statistics = NodeStatistics(sigma, w.T @ w, np.linalg.norm(weights["fc1.weight"], axis=1))
 _, loss = information_losses(statistics, unlabelled.nodes["fc1"], lam)

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # 3. Why bounds are vacuous, and one that is not
 #
-# A generalization bound promises: on new data the network errs on at most so many percent, and this promise is made from
-# the training set alone. Most bounds promise at most 100 percent, or 10,000. Here is why, and what can be done.
+# A generalization bound promises: on new data the network errs on at most so many percent, and this promise is made
+# from the training set alone. Most bounds promise at most 100 percent, or 10,000. Here is why, and what can be done.
 
 # %%
 import importlib.resources
@@ -58,17 +58,17 @@ with figure_style():
     ax.set(xscale="log", xlim=(1, 1e7), xlabel="bound on the error (%), 1400 training images")
 
 # %% [markdown]
-# The network errs on about 2 percent of the test images. Everything right of the dotted line is **vacuous**: no network
-# ever errs on more than 100 percent.
+# The network errs on about 2 percent of the test images. Everything right of the dotted line is **vacuous**: no
+# network ever errs on more than 100 percent.
 #
-# The red ones are true all the same. They are theorems. They just say nothing here. (Each holds with probability 95 % by
-# itself; who quotes the smallest of several owes a union bound.)
+# The red ones are true all the same. They are theorems. They just say nothing here. (Each holds with probability 95 %
+# by itself; who quotes the smallest of several owes a union bound.)
 
 # %% [markdown]
 # ## Why the training error alone promises nothing
 #
-# For one network that was fixed *before* the data, $n$ examples are a coin tossed $n$ times: the true error is near the
-# measured one, within $\sqrt{\ln(1/\delta) / 2n}$ (Hoeffding).
+# For one network that was fixed *before* the data, $n$ examples are a coin tossed $n$ times: the true error is near
+# the measured one, within $\sqrt{\ln(1/\delta) / 2n}$ (Hoeffding).
 #
 # But training looks for the network with the smallest error on just these examples. The promise must then hold for
 # **all networks that could have come out**, at once.
@@ -90,8 +90,8 @@ print(f"all networks of {weights:,} weights in 32 bits: training error + {every:
 # %% [markdown]
 # ## Why norms do not save it
 #
-# Norm bounds count more cleverly: not the weights, but how large they are, against the margin $\gamma$ by which the right
-# class wins. One of them (Golowich, Rakhlin and Shamir 2018) has, for $L$ layers and $K$ classes, the term
+# Norm bounds count more cleverly: not the weights, but how large they are, against the margin $\gamma$ by which the
+# right class wins. One of them (Golowich, Rakhlin and Shamir 2018) has, for $L$ layers and $K$ classes, the term
 #
 # $$\frac{4}{\gamma\, n}\; \lVert X \rVert_F\; \prod_l \lVert W_l \rVert_F\; \sqrt{K}\;
 #   \sqrt{\left(1 + \sqrt{2 (L-1) \ln 2}\right)^2 + 1} .$$
@@ -195,8 +195,8 @@ for name, (size, error, value) in marks.items():
 # %% [markdown]
 # ## Pruning is a trade-off
 #
-# Fewer nodes are fewer bits, and more training errors. Somewhere in between the bound is smallest. **Where?** Think of
-# five percent of the FLOPs, or fifty.
+# Fewer nodes are fewer bits, and more training errors. Somewhere in between the bound is smallest. **Where?** Think
+# of five percent of the FLOPs, or fifty.
 
 # %%
 curve = tradeoff(model, batches, test, input_radius=data.input_radius, keep=(0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5))
@@ -206,13 +206,14 @@ with figure_style():
     ax.set_ylim(0, 1.5)
     ax.legend(loc="lower left", bbox_to_anchor=(-0.1, 1.0), ncols=2)
 best_point = curve.best
-print(f"smallest bound {best_point.bound:.1%} at {best_point.flops_kept:.1%} of the FLOPs, {best_point.bits} bits a weight")
+print(f"smallest bound {best_point.bound:.1%}", end="")
+print(f" at {best_point.flops_kept:.1%} of the FLOPs and {best_point.bits} bits a weight")
 
 # %% [markdown]
 # ## The one that is not vacuous, checked by hand
 #
-# A word of 583 bits, 35 errors on 1400 images. If the true error were $p = 32.1\,\%$ or more, how probable would 35 errors
-# or fewer be? At most $\delta\, 2^{-583}$: that is what the certificate says, and it can be computed.
+# A word of 583 bits, 35 errors on 1400 images. If the true error were $p = 32.1\,\%$ or more, how probable would 35
+# errors or fewer be? At most $\delta\, 2^{-583}$: that is what the certificate says, and it can be computed.
 
 # %%
 p = short_word.value
@@ -253,8 +254,8 @@ print(f"by hand {high:.6f}, package {value:.6f}")
 assert np.isclose(high, value, atol=1e-9)
 
 # %% [markdown]
-# **Answer 2.** Pinsker's inequality: $\mathrm{kl}(q \Vert p) \ge 2 (p - q)^2$. So the same budget allows a larger $p$ in
-# the square-root form. With small training errors the difference is large.
+# **Answer 2.** Pinsker's inequality: $\mathrm{kl}(q \Vert p) \ge 2 (p - q)^2$. So the same budget allows a larger $p$
+# in the square-root form. With small training errors the difference is large.
 
 # %%
 for error in (0.001, 0.02, 0.2):
@@ -274,8 +275,8 @@ print(f"{needed:,.0f} images, {needed / n:.0f} times as many")
 assert occam_bound(full_error, int(np.ceil(needed)), full_bits * np.log(2), delta).value <= 0.5
 
 # %% [markdown]
-# **Answer 4.** On random labels every network errs on 90 percent of new images, however few training errors it has. So
-# every honest bound must say 90 percent or more.
+# **Answer 4.** On random labels every network errs on 90 percent of new images, however few training errors it has.
+# So every honest bound must say 90 percent or more.
 
 # %%
 shuffled = randomize_labels(data, 1.0, seed=0)

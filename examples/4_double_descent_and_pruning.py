@@ -69,9 +69,9 @@ with figure_style():
 # %% [markdown]
 # ## Why there is a peak
 #
-# With fewer nodes than images, least squares averages over the noise. With as many, there is exactly one solution that
-# fits every image, and it must bend itself to do so: its weights are huge. With more, there are many such solutions, and
-# the one of least norm is calm again.
+# With fewer nodes than images, least squares averages over the noise. With as many, there is exactly one solution
+# that fits every image, and it must bend itself to do so: its weights are huge. With more, there are many such
+# solutions, and the one of least norm is calm again.
 #
 # **What do you expect** of the norm of the output weights at 50, 220 and 800 nodes?
 
@@ -88,8 +88,8 @@ for width in (50, 220, 800):
 # %% [markdown]
 # ## Now prune every network to 50 nodes
 #
-# The network with 50 nodes in the first place errs on some 17 percent. All others are pruned to the same size, in three
-# ways:
+# The network with 50 nodes in the first place errs on some 17 percent. All others are pruned to the same size, in
+# three ways:
 #
 # - keep the 50 nodes with the largest weights;
 # - spectral pruning, calibrated on the 200 images that it was trained on;
@@ -100,9 +100,9 @@ for width in (50, 220, 800):
 # %%
 spectral = {"selection": "greedy", "reconstruction": "channel"}
 ways = {
-    "largest weights": lambda net: prune(
-        net, [labelled], widths={"0": keep}, selection="magnitude", reconstruction="none"
-    ).model,
+    "largest weights": lambda net: (
+        prune(net, [labelled], widths={"0": keep}, selection="magnitude", reconstruction="none").model
+    ),
     "spectral, same images": lambda net: prune(net, [labelled], widths={"0": keep}, **spectral).model,
     "spectral, other images": lambda net: prune(net, [unlabelled], widths={"0": keep}, **spectral).model,
 }
@@ -127,18 +127,19 @@ for name, values in pruned.items():
     print(f"  {name:22}  {values[-1]:6.1%}")
 
 # %% [markdown]
-# - **Largest weights:** nothing works. A node is not important because its weights are large, and nothing makes up for the
-#   nodes that are gone.
-# - **Other images:** the pruned network does what the large one does. It inherits the peak, and the second descent: at the
-#   right end it is far better than a network that was trained small. *Train large, then prune.* (It has seen 1200 more
-#   images, without labels. That is the price.)
+# - **Largest weights:** nothing works. A node is not important because its weights are large, and nothing makes up
+#   for the nodes that are gone.
+# - **Other images:** the pruned network does what the large one does. It inherits the peak, and the second descent:
+#   at the right end it is far better than a network that was trained small. *Train large, then prune.* (It has seen
+#   1200 more images, without labels. That is the price.)
 # - **Same images:** no peak, and no second descent either. Why? Think, before you read on.
 
 # %% [markdown]
 # ## The network that forgot itself
 #
-# Beyond the peak the large network fits all 200 labels exactly. So on *these* images its outputs *are* the labels. Who
-# refits the small network to those outputs fits it to the labels, and all that the large network knew elsewhere is lost.
+# Beyond the peak the large network fits all 200 labels exactly. So on *these* images its outputs *are* the labels.
+# Who refits the small network to those outputs fits it to the labels, and all that the large network knew elsewhere
+# is lost.
 #
 # Check it: refit the chosen nodes to the labels directly.
 
@@ -158,8 +159,9 @@ print(f"output weights: refitted to the network, and fitted to the labels: {apar
 # %% [markdown]
 # ## The same in theory
 #
-# For least squares on Gaussian features the risk is known exactly in the limit of many examples and features (Chang, Li,
-# Oymak and Thrampoulidis 2021). Take 25 strong features and 975 weak ones, all equally important, and $n = 50$ examples.
+# For least squares on Gaussian features the risk is known exactly in the limit of many examples and features (Chang,
+# Li, Oymak and Thrampoulidis 2021). Take 25 strong features and 975 weak ones, all equally important, and $n = 50$
+# examples.
 #
 # The lines are theory. The dots are simulated here, by hand: draw examples, solve, measure.
 
@@ -192,8 +194,8 @@ with figure_style():
     ax.legend(loc="lower left", bbox_to_anchor=(-0.1, 1.0), ncols=2)
 
 # %% [markdown]
-# "Hessian" keeps the largest of coefficient times the feature's deviation. At the right end it lies *below* the dotted
-# line of a model that was trained on the right 25 features from the start:
+# "Hessian" keeps the largest of coefficient times the feature's deviation. At the right end it lies *below* the
+# dotted line of a model that was trained on the right 25 features from the start:
 
 # %%
 print(small_or_large(problem, keep=strong))
@@ -205,9 +207,10 @@ print(small_or_large(problem, keep=strong))
 # ## Exercises
 #
 # 1. Where is the peak of the theory if there are 100 examples? Compute it.
-# 2. For fewer features than examples, least squares has a textbook risk, $s^2 \frac{n}{n - k}$ in the limit, with $s^2$
-#    what the features leave unexplained. Check it against the package.
-# 3. Redo the pruning of the 800 nodes with fewer unlabelled images: 25, 100, 400. When is it better than training small?
+# 2. For fewer features than examples, least squares has a textbook risk, $s^2 \frac{n}{n - k}$ in the limit, with
+#    $s^2$ what the features leave unexplained. Check it against the package.
+# 3. Redo the pruning of the 800 nodes with fewer unlabelled images: 25, 100, 400. When is it better than training
+#    small?
 # 4. When is training small better? Make a problem in which only the strong features matter.
 
 # %% [markdown]
@@ -246,8 +249,8 @@ for count in (25, 100, 400):
 assert fewer[400] < large[0]
 
 # %% [markdown]
-# **Answer 4.** Give all features the same variance, and the whole signal to 25 of them. Now the others are no ridge that
-# leaves the signal alone: they shrink it as much as themselves.
+# **Answer 4.** Give all features the same variance, and the whole signal to 25 of them. Now the others are no ridge
+# that leaves the signal alone: they shrink it as much as themselves.
 
 # %%
 equal = LinearProblem(np.ones(features), np.where(np.arange(features) < strong, 0.2, 0.0), noise=0.1, n=examples)
