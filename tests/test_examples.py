@@ -8,7 +8,6 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-import torch
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NAMES = (
@@ -47,10 +46,9 @@ def run(monkeypatch, tmp_path, capsys):
         temporary.mkdir()
         monkeypatch.chdir(home)
         monkeypatch.setattr("tempfile.tempdir", str(temporary))
-        before, state = dict(matplotlib.rcParams), torch.random.get_rng_state()
+        before = dict(matplotlib.rcParams)
         names = runpy.run_path(str(EXAMPLES / f"{name}.py"))
         assert dict(matplotlib.rcParams) == before
-        assert torch.equal(torch.random.get_rng_state(), state)
         assert len(plt.get_fignums()) == figures
         for number in plt.get_fignums():
             plt.figure(number).canvas.draw()
