@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # The networks are small: more threads mostly wait for each other, for minutes if the machine does something else too.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all lint figures bench quality clean
+.PHONY: demo test test-all lint figures examples bench quality clean
 
 demo: $(STAMP)
 	$(BIN)/specprune demo --out results/demo
@@ -24,6 +24,9 @@ lint: $(STAMP)
 
 figures: $(STAMP)
 	$(BIN)/specprune figures all --out results/figures
+
+examples: $(STAMP)
+	@set -e; for script in examples/*.py; do echo "== $$script"; MPLBACKEND=Agg $(BIN)/python $$script; done
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/greedy_speed.py --out results/benchmarks
