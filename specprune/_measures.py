@@ -25,6 +25,7 @@ from specprune.testbed.zoo_store import ZooNetwork, load_zoo
 
 logger = logging.getLogger(__name__)
 
+_RARE = 0.02  # a measure that more networks than this share lack is left out; below, those networks are
 _SETTINGS_LEFT_OUT = ("data", "seed")  # one data set a zoo; networks that differ in the seed are repeats
 
 
@@ -38,13 +39,15 @@ class MeasuredZoo:
         certain: the same with pairs weighed by how sure the order of their gaps is; None where the test set is too
             small for any environment to be sure of.
         left_out: networks that did not converge.
-        dropped: measure to reason, for those that are not defined for all networks.
+        odd: networks that are left out because a measure is not defined for them, but for nearly all others.
+        dropped: measure to reason, for those that are not defined for more networks than that.
     """
 
     table: MeasureTable
     ranking: MeasureRanking
     certain: MeasureRanking | None
     left_out: int
+    odd: int
     dropped: dict[str, str]
 
     def to_json(self) -> str:
@@ -55,6 +58,7 @@ class MeasuredZoo:
                 "ranking": json.loads(self.ranking.to_json()),
                 "certain": None if self.certain is None else json.loads(self.certain.to_json()),
                 "left_out": self.left_out,
+                "odd": self.odd,
                 "dropped": self.dropped,
                 "n_test": self.table.n_test,
                 "hyperparameters": list(self.table.hyperparameters),
@@ -70,6 +74,8 @@ class MeasuredZoo:
             lines.append(f"pairs by how sure their order is: {self.certain}")
         if self.left_out:
             lines.append(f"{self.left_out} networks did not reach the training loss and are left out")
+        if self.odd:
+            lines.append(f"{self.odd} networks are left out because some measure is not defined for them")
         return "\n".join([*lines, *(f"{name}: left out, {reason}" for name, reason in self.dropped.items())])
 
 
@@ -106,6 +112,11 @@ def measured_zoo(
         raise ValueError(f"{folder}: {len(networks)} of {len(zoo.networks)} networks converged; a ranking needs two")
     dataset = load_dataset(data or networks[0].setting.data, data_dir)
     found = measured_networks(networks, dataset, records, chosen, jobs=jobs, seed=seed)
+    refusing = {name: sum(name in record["refused"] for record in found) for name in chosen}
+    rare = {name for name, count in refusing.items() if 0 < count <= _RARE * len(found)}
+    odd = [index for index, record in enumerate(found) if rare & set(record["refused"])]
+    networks = [network for index, network in enumerate(networks) if index not in odd]
+    found = [record for index, record in enumerate(found) if index not in odd]
     dropped = {name: reason for record in found for name, reason in record["refused"].items() if name in chosen}
     kept = [name for name in chosen if name not in dropped]
     if not kept:
@@ -124,7 +135,8 @@ def measured_zoo(
     except ValueError as reason:  # no environment with enough pairs that the test set can tell apart
         logger.info("no ranking by certain pairs: %s", reason)
         certain = None
-    return MeasuredZoo(table, ranking, certain, len(zoo.networks) - len(networks), dropped)
+    unfinished = sum(not network.converged for network in zoo.networks)
+    return MeasuredZoo(table, ranking, certain, unfinished, len(odd), dropped)
 
 
 def law_gap(network: ZooNetwork, classes: int) -> float:

@@ -125,3 +125,31 @@ def test_mistakes_are_one_line(zoo, tmp_path, capsys):
     assert "leave out --weights" in capsys.readouterr().err
     assert main(["measures", "--zoo", str(tmp_path / "none"), "--out", str(tmp_path)]) == 1
     assert "no such file" in capsys.readouterr().err
+
+
+def test_networks_or_measures_that_are_not_defined_are_left_out(zoo, tmp_path, monkeypatch):
+    real = _measures._measured
+    lacking = {
+        "params": 1,
+        "inverse_margin": 9,
+    }  # of 20 to 24 networks: 1 is a rare case with the limit below, 9 is not
+    count = dict.fromkeys(lacking, 0)
+
+    def some(network, dataset, names, seed):
+        record = real(network, dataset, names, seed)
+        for name, most in lacking.items():
+            if count[name] < most:
+                count[name] += 1
+                record["refused"][name] = "infinite"
+                del record["values"][name]
+        return record
+
+    monkeypatch.setattr(_measures, "_measured", some)
+    monkeypatch.setattr(_measures, "_RARE", 0.06)
+    found = _measures.measured_zoo(zoo, None, None, tmp_path / "m.jsonl", NAMES, resamples=5)
+    converged = sum(network.converged for network in load_zoo(zoo).networks)
+    assert found.odd == 1
+    assert len(found.table) == converged - 1
+    assert set(found.dropped) == {"inverse_margin"}
+    assert set(found.table.measures) == set(NAMES) - {"inverse_margin"}
+    assert "1 networks are left out because" in str(found)
