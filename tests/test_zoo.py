@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import multiprocessing
-import os
 import random
 import signal
 import time
@@ -566,7 +565,7 @@ def test_diverged_networks_are_kept_in_the_books(tmp_path):
     assert train_zoo(TINY, wild[:1], tmp_path / "only", **QUICK).networks[0].diverged
 
 
-@pytest.mark.parametrize("backend", ["threading", "loky"])
+@pytest.mark.parametrize("backend", ["threading", pytest.param("loky", marks=pytest.mark.slow)])
 def test_the_backend_can_be_switched(tmp_path, backend, undisturbed):
     threads = torch.get_num_threads()
     with joblib.parallel_config(backend=backend, n_jobs=2):
@@ -621,7 +620,7 @@ def test_kills_lose_nothing_and_double_nothing(tmp_path, undisturbed):
         while child.is_alive() and kills < 8 and time.monotonic() < deadline:
             if len(shards(tmp_path)) > most:  # it got on; now at any moment
                 time.sleep(rng.random() * 0.1)
-                os.kill(child.pid, signal.SIGKILL)
+                child.kill()  # SIGKILL
                 kills += 1
                 break
             time.sleep(0.002)
