@@ -9,6 +9,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
+from specprune.figures.style import figure_style
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NAMES = (
     "1_degrees_of_freedom",
@@ -86,6 +88,17 @@ def test_structure(name):
             assert "assert " in found[place + 1][1]
         if "$" in text and found[place][0] == "markdown":
             assert text.count("$") % 2 == 0
+
+
+def test_a_notebook_shows_every_figure():
+    before = dict(matplotlib.rcParams)
+    try:
+        with figure_style():
+            matplotlib.interactive(True)  # what a notebook's backend does when it opens the first figure
+        assert matplotlib.is_interactive()
+    finally:
+        matplotlib.interactive(before["interactive"])
+    assert dict(matplotlib.rcParams) == before
 
 
 def test_degrees_of_freedom(run):

@@ -39,7 +39,12 @@ REFERENCE: dict[str, Any] = {"color": "0.45", "linestyle": ":", "linewidth": 0.8
 def figure_style() -> Iterator[None]:
     """Use the package's style inside a `with` block, whatever the caller's settings; they are put back afterwards."""
     with matplotlib.style.context(STYLE, after_reset=True):
-        yield
+        try:
+            yield
+        finally:
+            interactive = matplotlib.is_interactive()
+    # A notebook turns this on when it opens its first figure; put back, it would show none of the later ones.
+    matplotlib.interactive(interactive)
 
 
 def series_style(index: int) -> dict[str, Any]:
