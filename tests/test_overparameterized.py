@@ -85,18 +85,20 @@ def test_scales_and_order_of_features_do_not_matter(problem, data):
         assert getattr(pruned_risks(louder, size, keep), name)[0] == pytest.approx(9 * value, rel=1e-7)
 
 
+NODES, WEIGHTS = np.polynomial.legendre.leggauss(1500)
+
+
 @settings(deadline=None, max_examples=200)
 @example(1.1125369292536007e-308, 0.1015625, 0.0)
 @given(st.floats(-3, 3), st.floats(0.1, 2), st.floats(0, 4))
 def test_tail_moments_are_integrals(mean, deviation, threshold):
     found = _tail_moments(np.array(mean), np.array(deviation), np.array(threshold))
     law = stats.norm(mean, deviation)
-    nodes, weights = np.polynomial.legendre.leggauss(1500)
     for power in range(3):
         outside = 0.0
         for low, high in ((threshold, threshold + 30), (-threshold - 30, -threshold)):
-            h = (low + high) / 2 + (high - low) / 2 * nodes
-            outside += (high - low) / 2 * (weights * h**power * law.pdf(h)).sum()
+            h = (low + high) / 2 + (high - low) / 2 * NODES
+            outside += (high - low) / 2 * (WEIGHTS * h**power * law.pdf(h)).sum()
         assert found[power] == pytest.approx(outside, abs=1e-9)
     assert found[3] == pytest.approx(law.pdf(threshold))
     assert found[4] == pytest.approx(law.pdf(-threshold))
