@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from specprune.analysis.cushions import cushions
 from specprune.analysis.layer_norms import LayerMatrix
 from specprune.analysis.measured_network import MeasuredNetwork
 from specprune.analysis.measures import MEASURES, find_measures, measure_table, network_measures
+from specprune.analysis.tightness import bound_table
 from specprune.bounds.occam import occam_bound
 from specprune.compress.coding import fold_batch_norms
 
@@ -421,3 +423,20 @@ def test_measures_of_the_inputs() -> None:
     alone = MeasuredNetwork(net.model, net.inputs, net.targets)
     with pytest.raises(ValueError, match="population"):
         value("cover_complexity", alone)
+
+
+def test_bounds_behind_measures_are_the_package_s_own() -> None:
+    net = trained((6, 24, 12, 3))
+    table = bound_table(net.model, [(net.inputs, net.targets)])
+    rows = {(label, bound.name): bound for label, bound in table.bounds}
+    dudley = next(
+        bound for (label, name), bound in rows.items() if label == "original" and "Theorem C" in bound.theorem
+    )
+    assert value("log_covering_bound", net) == pytest.approx(math.log(dudley.value), rel=1e-9)
+    found = cushions(net.model, [net.inputs], seed=0)
+    total = 0.0
+    for layer in found.layers:
+        inner = min([1 / math.sqrt(layer.outputs), *layer.interlayer_quantile.values()])
+        total += layer.overlap / (layer.cushion_quantile * inner) ** 2
+    wanted = found.contraction * 3 * found.output_norm * math.sqrt(total) / (net.margin * math.sqrt(200))
+    assert value("log_noise_stability", net) == pytest.approx(math.log(wanted), rel=1e-6)
