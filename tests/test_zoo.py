@@ -7,6 +7,7 @@ import multiprocessing
 import random
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import joblib
 import numpy as np
@@ -27,7 +28,9 @@ from specprune.testbed import (
     evaluate,
     load_dataset,
     load_zoo,
+    mlp,
     train_zoo,
+    vgg,
     zoo_grid,
     zoo_network,
     zoo_training_set,
@@ -216,6 +219,28 @@ def test_training_starts_from_the_initial_network():
                     assert torch.allclose(tensor, start[name], atol=1e-25, rtol=0)
     one, other = (zoo_network(ZooSetting(**BASE, family="mlp", seed=k), TINY).state_dict() for k in (0, 1))
     assert not torch.equal(one["fc1.weight"], other["fc1.weight"])
+
+
+@pytest.mark.parametrize("family", ["mlp", "conv"])
+def test_initial_weights_are_those_of_the_constructors(family):
+    for dropout, seed in ((0.0, 3), (0.2, 2**32 - 1)):
+        setting = ZooSetting(**BASE, family=family, dropout=dropout, seed=seed)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            plain = mlp((16, 6, 6, 3)) if family == "mlp" else vgg([6, 6], 3, 1, pools=(1,))
+        state = plain.state_dict()
+        found = zoo_network(setting, TINY).state_dict()
+        assert list(found) == list(state)
+        assert all(torch.equal(found[name], state[name]) for name in state)
+
+
+def test_threads_do_not_share_random_numbers():
+    settings = [ZooSetting(**{**BASE, "width": 200}, family="mlp", seed=seed) for seed in range(4)] * 30
+    alone = [zoo_network(setting, TINY).state_dict() for setting in settings[:4]]
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(lambda setting: zoo_network(setting, TINY).state_dict(), settings)
+        for setting, state in zip(settings, found, strict=True):
+            assert all(torch.equal(tensor, alone[setting.seed][name]) for name, tensor in state.items())
 
 
 def test_global_random_state_and_the_data_are_left_alone():

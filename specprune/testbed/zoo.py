@@ -165,13 +165,13 @@ def zoo_network(setting: ZooSetting, task: ImageTask) -> nn.Sequential:
     """
     channels, height, width = task.input_shape
     sizes = [setting.width] * setting.depth
-    # `torch.manual_seed` would also reseed every accelerator; the weights are drawn on the CPU.
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(setting.seed)
+    with torch.device("meta"):  # draws nothing; the global random state is shared by all threads
         if setting.family == "mlp":
             plain = mlp((channels * height * width, *sizes, task.classes))
         else:
             plain = vgg(sizes, task.classes, channels, pools=(1,) if min(height, width) > 1 else ())
+    plain.to_empty(device="cpu")
+    _draw_weights(plain, torch.Generator().manual_seed(setting.seed))
     if not setting.dropout:
         return plain
     layers: OrderedDict[str, nn.Module] = OrderedDict()
@@ -180,6 +180,22 @@ def zoo_network(setting: ZooSetting, task: ImageTask) -> nn.Sequential:
         if isinstance(layer, nn.ReLU):
             layers[name.replace("relu", "drop")] = nn.Dropout(setting.dropout)
     return nn.Sequential(layers)
+
+
+def _draw_weights(network: nn.Sequential, generator: torch.Generator) -> None:
+    """Give a network the initial weights that its layers' constructors draw after `torch.manual_seed`."""
+    for layer in network:
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)
+            if layer.bias is not None:
+                nn.init.uniform_(layer.bias, *_bias_range(layer.weight), generator=generator)
+        elif isinstance(layer, nn.BatchNorm2d):
+            layer.reset_parameters()
+
+
+def _bias_range(weight: torch.Tensor) -> tuple[float, float]:
+    bound = 1 / math.sqrt(weight[0].numel())
+    return -bound, bound
 
 
 def zoo_examples(dataset: Dataset, n: int) -> Dataset:
