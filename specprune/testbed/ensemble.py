@@ -191,7 +191,7 @@ def ensemble_outputs(
 def _convolutions(inputs: Tensor, weight: Tensor) -> Tensor:
     """Convolve (M, b, c, h, w) with 3x3 kernels (M, out, c, 3, 3), zeros around the image: one product a network.
 
-    Grouped convolutions do the same, slower.  Channels come first in memory, so that normalization needs no copies.
+    Channels come first in memory, so that normalization needs no copies.
     """
     count, batch, channels, height, width = inputs.shape
     padded = functional.pad(inputs.transpose(1, 2), (1, 1, 1, 1))
