@@ -12,10 +12,10 @@ demo: $(STAMP)
 	$(BIN)/specprune demo --out results/demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -n 2 -m "not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
