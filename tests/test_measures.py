@@ -16,6 +16,7 @@ from specprune.analysis.cushions import cushions
 from specprune.analysis.layer_norms import LayerMatrix
 from specprune.analysis.measured_network import MeasuredNetwork
 from specprune.analysis.measures import MEASURES, find_measures, measure_table, network_measures
+from specprune.analysis.prunability import prunability
 from specprune.analysis.tightness import bound_table
 from specprune.bounds.occam import occam_bound
 from specprune.compress.coding import fold_batch_norms
@@ -394,7 +395,12 @@ def test_prunability_measures_hold_their_tolerance() -> None:
     names = ("prunability", "prunability_relative", "prunability_random", "prunability_random_relative")
     found = {name: value(name, net) for name in (*names, "spectral_prunability")}
     assert all(0 < share <= 1 for share in found.values())
-    assert found["prunability"] <= found["prunability_random"]
+    assert found["prunability"] < found["prunability_random"]
+    assert found["prunability"] <= found["prunability_relative"]
+    for rule, name in (("magnitude", "prunability"), ("random", "prunability_random")):
+        curve = prunability(net.model, net.inputs, net.targets, rule)
+        assert found[name] == curve.fraction("absolute")
+        assert found[f"{name}_relative"] == curve.fraction("relative")
     weights = torch.cat([net.model[1].weight.flatten(), net.model[3].weight.flatten()]).detach()
     count = round(found["prunability"] * len(weights))
     threshold = weights.abs().sort(descending=True).values[count - 1]
