@@ -8,7 +8,7 @@ import json
 import logging
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -408,8 +408,7 @@ def run_measures(options: argparse.Namespace) -> None:
         print(to_json(registry_records()) if options.json else registry_table())
     else:
         problem = _problem(options)
-        pairs = [(batch_inputs(batch), batch_targets(batch)) for batch in problem.train]
-        inputs, targets = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+        inputs, targets = _joined(problem.train)
         _show(
             options,
             "measures",
@@ -419,16 +418,15 @@ def run_measures(options: argparse.Namespace) -> None:
                 targets,
                 names,
                 start=problem.initial,
-                population=_population(problem),
+                population=None if problem.test is None else _joined(problem.test),
                 seed=options.seed,
             ),
         )
 
 
-def _population(problem: Problem) -> tuple[torch.Tensor, torch.Tensor] | None:
-    if problem.test is None:
-        return None
-    pairs = [(batch_inputs(batch), batch_targets(batch)) for batch in problem.test]
+def _joined(batches: Iterable[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the inputs and the labels of all batches."""
+    pairs = [(batch_inputs(batch), batch_targets(batch)) for batch in batches]
     return torch.cat([inputs for inputs, _ in pairs]), torch.cat([targets for _, targets in pairs])
 
 
