@@ -1,9 +1,11 @@
 """Spectral pruning of neural networks, and the compression-based generalization bounds behind it.
 
-result = specprune.prune(model, batches, keep=0.3)     # a smaller, ordinary module and a report
-print(specprune.layer_spectra(model, batches))         # degrees of freedom of every layer
-print(specprune.tradeoff(model, train, test))          # bias, variance, bounds and measured errors
-print(specprune.certify(data, minutes=5, out="run"))    # a bound on the test error from the training set alone
+Four ways to start:
+
+    result = specprune.prune(model, batches, keep=0.3)     # a smaller, ordinary module and a report
+    print(specprune.layer_spectra(model, batches))         # degrees of freedom of every layer
+    print(specprune.tradeoff(model, train, test))          # bias, variance, bounds and measured errors
+    print(specprune.certify(data, minutes=5, out="run"))   # a bound on the test error from the training set alone
 """
 
 from importlib.metadata import PackageNotFoundError, version

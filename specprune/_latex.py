@@ -7,8 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from specprune._files import write_text
+from specprune._problem import Problem
+from specprune.analysis import bound_table, layer_spectra
+from specprune.analysis.comparison import compare
 from specprune.bounds.symbolic import STATEMENTS
 from specprune.bounds.symbolic_uncompressed import rates_latex
+from specprune.compress import Pruned
 
 _PREAMBLE = r"""% Compile with pdflatex main.tex.  The other files can be input by any document with these packages.
 \documentclass{article}
@@ -50,3 +54,46 @@ def write_latex(out: str | os.PathLike[str], tables: Mapping[str, str] | None = 
     for path, text in zip(paths, texts.values(), strict=True):
         write_text(path, text)
     return paths
+
+
+def paper_tables(
+    problem: Problem,
+    pruned: Pruned,
+    *,
+    calibration: int,
+    keep: float,
+    delta: float,
+    input_radius: float | None,
+    seed: int,
+) -> dict[str, str]:
+    """Return the tables about a network: spectra, its pruning, all methods at equal size, and every bound.
+
+    Args:
+        problem: network and data.
+        pruned: the pruned network.
+        calibration: number of training samples to measure and prune on.
+        keep: fraction of the FLOPs at which methods are compared.
+        delta: failure probability of each bound.
+        input_radius: bound on the norm of every possible input, where it is known.
+        seed: of random choices.
+
+    Returns:
+        Name to LaTeX.
+    """
+    batches = problem.calibration(calibration)
+    bounds = bound_table(
+        problem.model,
+        problem.train,
+        pruned,
+        problem.test,
+        reference=problem.initial,
+        delta=delta,
+        input_radius=input_radius,
+        seed=seed,
+    )
+    return {
+        "spectra": layer_spectra(problem.model, batches).to_latex(),
+        "prune": pruned.report.to_latex(),
+        "comparison": compare(problem.model, batches, problem.test, keeps=(keep,), latency=False).to_latex(),
+        "bounds": bounds.to_latex(),
+    }

@@ -1,11 +1,11 @@
-"""The networks of a zoo, measured: what `specprune measures` runs, and goes on with after a stop."""
+"""A network measured, or all networks of a zoo: what `specprune measures` runs, and goes on with after a stop."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,13 @@ import torch
 from joblib import Parallel, delayed
 from tqdm import tqdm
 
-from specprune._files import append_line, read_lines
-from specprune._records import to_json
+from specprune._files import append_line, lock_folder, read_lines
+from specprune._problem import Problem
+from specprune._records import from_json, shortened, to_json
 from specprune.analysis.measure_ranking import MeasureRanking, rank_measures
 from specprune.analysis.measure_table import MeasureTable
-from specprune.analysis.measures import find_measures, measure_table, network_measures
+from specprune.analysis.measures import NetworkMeasures, find_measures, measure_table, network_measures
+from specprune.compress.batches import batch_inputs, batch_targets
 from specprune.testbed import Dataset, load_dataset
 from specprune.testbed.zoo import zoo_training_set
 from specprune.testbed.zoo_store import ZooNetwork, load_zoo
@@ -103,7 +105,8 @@ def measured_zoo(
         seed: of random choices.
 
     Raises:
-        ValueError: unknown measures, a zoo of other data, or too few networks that converged.
+        ValueError: unknown measures, a zoo of other data, too few networks that converged, or another run
+            at work in the folder of the records.
     """
     chosen = [measure.name for measure in find_measures(names)]
     zoo = load_zoo(folder)
@@ -111,7 +114,8 @@ def measured_zoo(
     if len(networks) < 2:
         raise ValueError(f"{folder}: {len(networks)} of {len(zoo.networks)} networks converged; a ranking needs two")
     dataset = load_dataset(data or networks[0].setting.data, data_dir)
-    found = measured_networks(networks, dataset, records, chosen, jobs=jobs, seed=seed)
+    with lock_folder(Path(records).parent):
+        found = measured_networks(networks, dataset, records, chosen, jobs=jobs, seed=seed)
     refusing = {name: sum(name in record["refused"] for record in found) for name in chosen}
     rare = {name for name, count in refusing.items() if 0 < count <= _RARE * len(found)}
     odd = [index for index, record in enumerate(found) if rare & set(record["refused"])]
@@ -137,6 +141,27 @@ def measured_zoo(
         certain = None
     unfinished = sum(not network.converged for network in zoo.networks)
     return MeasuredZoo(table, ranking, certain, unfinished, len(odd), dropped)
+
+
+def measured_problem(problem: Problem, names: Sequence[str] | None = None, seed: int = 0) -> NetworkMeasures:
+    """Return the measures of one network on its whole training set.
+
+    Args:
+        problem: network and data.
+        names: measures; None for all.
+        seed: of random choices.
+    """
+    inputs, targets = _joined(problem.train)
+    population = None if problem.test is None else _joined(problem.test)
+    return network_measures(
+        problem.model, inputs, targets, names, start=problem.initial, population=population, seed=seed
+    )
+
+
+def _joined(batches: Iterable[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the inputs and the labels of all batches."""
+    pairs = [(batch_inputs(batch), batch_targets(batch)) for batch in batches]
+    return torch.cat([inputs for inputs, _ in pairs]), torch.cat([targets for _, targets in pairs])
 
 
 def law_gap(network: ZooNetwork, classes: int) -> float:
@@ -173,11 +198,7 @@ def measured_networks(
         seed: of random choices.
     """
     path = Path(records)
-    done: dict[str, dict[str, Any]] = {}
-    for line in read_lines(path):
-        record = json.loads(line)
-        old = done.get(record["digest"], {"values": {}, "refused": {}})
-        done[record["digest"]] = {key: old[key] | record[key] for key in ("values", "refused")}
+    done = measured_records(path)
     tasks = []
     for network in networks:
         record = done.get(network.setting.digest, {"values": {}, "refused": {}})
@@ -193,6 +214,32 @@ def measured_networks(
         old = done.get(record["digest"], {"values": {}, "refused": {}})
         done[record["digest"]] = {key: old[key] | record[key] for key in ("values", "refused")}
     return [done[network.setting.digest] for network in networks]
+
+
+def measured_records(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
+    """Return what a file of records has: digest of a network's setting to "values" and "refused", by measure.
+
+    Args:
+        path: of the file; none is as good as an empty one.
+
+    Raises:
+        ValueError: a line is not what `measured_networks` writes.
+    """
+    done: dict[str, dict[str, Any]] = {}
+    for number, line in enumerate(read_lines(path), start=1):
+        try:
+            record = from_json(line)
+            digest, values, refused = record["digest"], record["values"], record["refused"]
+            if type(digest) is not str or not all(type(value) in (int, float) for value in values.values()):
+                raise ValueError("a digest that is no text, or a value that is no number")
+            if not all(type(reason) is str for reason in refused.values()):
+                raise ValueError("a reason that is no text")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = shortened(str(error))
+            raise ValueError(f"{path}: line {number} is no record of measures ({reason}); remove it") from error
+        old = done.get(digest, {"values": {}, "refused": {}})
+        done[digest] = {"values": old["values"] | values, "refused": old["refused"] | refused}
+    return done
 
 
 def _measured(network: ZooNetwork, dataset: Dataset, names: Sequence[str], seed: int) -> dict[str, Any]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import sys
+import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +136,10 @@ def torch_device(name: str) -> torch.device:
 
 
 def call_factory(option: str, path: str) -> Any:
-    """Import "package.module:factory" (also from the current folder) and return what factory() returns.
+    """Import "package.module:factory" and return what factory() returns.
+
+    The module that is named is looked for in the current folder first; whatever else is imported, by this program or
+    by that module, is looked for there last, so that no file beside it can take the place of a library.
 
     Raises:
         ValueError: it cannot be imported, is not callable, or fails.
@@ -149,9 +155,13 @@ def _import(option: str, path: str) -> Callable[[], Any]:
     module_name, colon, name = path.partition(":")
     if not colon or not module_name or not name:
         raise ValueError(f"{option} {path}: expected package.module:factory")
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    folder = os.getcwd()
+    if "" not in sys.path and folder not in sys.path:
+        sys.path.append(folder)
+    top = module_name.partition(".")[0]
     try:
+        if top not in sys.modules:
+            _import_from(folder, top)
         found: Any = importlib.import_module(module_name)
         for part in name.split("."):
             found = getattr(found, part)
@@ -162,6 +172,19 @@ def _import(option: str, path: str) -> Callable[[], Any]:
     return found
 
 
+def _import_from(folder: str, name: str) -> None:
+    """Import a module or package from a folder, if it is there; one without __init__.py is left to the usual way."""
+    spec = PathFinder.find_spec(name, [folder])
+    if spec is None or spec.loader is None:
+        return
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        sys.modules.pop(name, None)
+        raise
+
+
 def _own_model(path: str, weights: str | os.PathLike[str] | None) -> nn.Module:
     model = call_factory("--model", path)
     if not isinstance(model, nn.Module):
@@ -170,6 +193,7 @@ def _own_model(path: str, weights: str | os.PathLike[str] | None) -> nn.Module:
         if not Path(weights).is_file():
             raise FileNotFoundError(f"--weights {weights}: no such file")
         try:
+            _check_archive(weights)
             state = torch.load(weights, map_location="cpu", weights_only=True)
             model.load_state_dict(state)
         except Exception as error:  # torch raises pickle, zip and runtime errors for a wrong file
@@ -178,6 +202,17 @@ def _own_model(path: str, weights: str | os.PathLike[str] | None) -> nn.Module:
                 f"--weights {weights}: expected a state_dict saved by torch.save that fits {path} ({reason})"
             ) from error
     return model
+
+
+def _check_archive(path: str | os.PathLike[str]) -> None:
+    """Refuse what PyTorch would unpack or allocate before it looks: packed records, and its format before 1.6."""
+    if not zipfile.is_zipfile(path):
+        raise ValueError("not in the format of PyTorch 1.6 and later; an older file can be loaded and saved again")
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+    packed = [record.filename for record in records if record.compress_type != zipfile.ZIP_STORED]
+    if packed or sum(record.file_size for record in records) > Path(path).stat().st_size:
+        raise ValueError("its records are packed, or larger than the file; torch.save does not write such files")
 
 
 def _from_dataset(

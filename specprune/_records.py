@@ -10,6 +10,9 @@ from typing import Any
 
 import numpy as np
 
+#: JSON in a file may not be nested deeper: what goes through it calls itself at every level.
+_DEEPEST = 64
+
 
 def format_value(value: Any) -> str:
     """Return a table cell: four significant digits for floats, plain text for the rest."""
@@ -144,6 +147,68 @@ def jsonable(value: Any) -> Any:
         number = float(value)
         return number if math.isfinite(number) else str(number)
     return value if value is None or isinstance(value, str) else str(value)
+
+
+def from_json(text: str) -> Any:
+    """Return the value of strict JSON text (RFC 8259), from a file that somebody else may have written.
+
+    Args:
+        text: a JSON document.
+
+    Raises:
+        ValueError: it is not JSON, has NaN or Infinity or a number too large for a float, the same key twice in an
+            object, or is nested more than 64 deep.
+    """
+    try:
+        value = json.loads(
+            text,
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+            parse_int=_whole,
+            object_pairs_hook=_unique_keys,
+        )
+    except RecursionError:
+        raise ValueError(f"JSON nested more than {_DEEPEST} deep") from None
+    level, depth = [value], 0
+    while level := [item for outer in level if isinstance(outer, dict | list) for item in _items(outer)]:
+        depth += 1
+        if depth >= _DEEPEST:
+            raise ValueError(f"JSON nested more than {_DEEPEST} deep")
+    return value
+
+
+def _items(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
+
+
+def _refuse_constant(text: str) -> float:
+    raise ValueError(f"{text} is no JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"the number {shortened(text)} is too large")
+    return number
+
+
+def _whole(text: str) -> int:
+    if len(text) > 300:
+        raise ValueError(f"the number {shortened(text)} is too large")
+    return int(text)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {shortened(repr(next(key for key in keys if keys.count(key) > 1)))} is there twice")
+    return found
+
+
+def shortened(text: str) -> str:
+    """Return text for a message: 200 characters at most."""
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def to_json(payload: Any) -> str:

@@ -8,7 +8,7 @@ import json
 import logging
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +18,11 @@ import torch
 import specprune
 from specprune._arguments import build_parser, check_problem
 from specprune._files import write_text
-from specprune._latex import write_latex
-from specprune._measures import measured_zoo
+from specprune._latex import paper_tables, write_latex
+from specprune._measures import measured_problem, measured_zoo
 from specprune._problem import Problem, load_problem, torch_device
 from specprune._records import format_table, to_json
+from specprune._report import report_data
 from specprune._trends import default_plan, trend_points
 from specprune._verify import verified
 from specprune.analysis.certificate_path import FACTORS, certificate_path
@@ -29,11 +30,10 @@ from specprune.analysis.certify import certify
 from specprune.analysis.comparison import METHODS as COMPARED
 from specprune.analysis.comparison import classifier_error, compare
 from specprune.analysis.evaluation import collect_logits, error_rate
-from specprune.analysis.measures import network_measures, registry_records, registry_table
+from specprune.analysis.measures import registry_records, registry_table
 from specprune.analysis.posterior import Posterior, train_posterior
 from specprune.analysis.trends import bound_trends
 from specprune.compress import CalibrationData, Pruned
-from specprune.compress.batches import batch_inputs, batch_size, batch_targets
 from specprune.testbed import (
     ZOO_GRIDS,
     Dataset,
@@ -95,7 +95,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:  # the network and data may be the user's own code, which may raise anything
         if options.verbose:
             logging.getLogger(__name__).info("details", exc_info=True)
-        reason = " ".join(str(error).split()) or "no reason given"
+        words_of_error = " ".join(str(error).split()) or "no reason given"
+        # A name in somebody else's file must not command the terminal.
+        reason = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words_of_error)
         if not isinstance(error, OWN_ERRORS):
             reason = f"{type(error).__name__}: {reason} (-v shows where)"
         print(f"specprune {options.command}: {reason}", file=sys.stderr)
@@ -390,7 +392,7 @@ def run_measures(options: argparse.Namespace) -> None:
     """Print the measures of a network, rank them over a zoo, or list them."""
     names = options.names or None
     if options.zoo is not None:
-        from specprune.figures.measures import save_zoo_figures  # draws; the other commands do without
+        from specprune.figures import measure_ranking, measure_scatter, save_figure  # draws; others do without
 
         found = measured_zoo(
             options.zoo,
@@ -402,32 +404,18 @@ def run_measures(options: argparse.Namespace) -> None:
             seed=options.seed,
         )
         _show(options, "measures", found)
-        for path in save_zoo_figures(found.table, found.ranking, options.out):
-            _say(options, f"[{path}]")
+        table, label = found.table, f"{len(found.table)} networks"
+        shown = measure_scatter.best_and_spectral(table, found.ranking)
+        for name, figure in (
+            ("measure_ranking", measure_ranking.draw(measure_ranking.from_ranking(found.ranking, label))),
+            ("measure_scatter", measure_scatter.draw(measure_scatter.from_table(table, shown, label))),
+        ):
+            for path in save_figure(figure, options.out / name):
+                _say(options, f"[{path}]")
     elif options.weights is None and options.model is None:
         print(to_json(registry_records()) if options.json else registry_table())
     else:
-        problem = _problem(options)
-        inputs, targets = _joined(problem.train)
-        _show(
-            options,
-            "measures",
-            network_measures(
-                problem.model,
-                inputs,
-                targets,
-                names,
-                start=problem.initial,
-                population=None if problem.test is None else _joined(problem.test),
-                seed=options.seed,
-            ),
-        )
-
-
-def _joined(batches: Iterable[Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the inputs and the labels of all batches."""
-    pairs = [(batch_inputs(batch), batch_targets(batch)) for batch in batches]
-    return torch.cat([inputs for inputs, _ in pairs]), torch.cat([targets for _, targets in pairs])
+        _show(options, "measures", measured_problem(_problem(options), names, options.seed))
 
 
 def run_figures(options: argparse.Namespace) -> None:
@@ -483,95 +471,40 @@ def _figure_setting(options: argparse.Namespace) -> FigureSetting:
 
 def run_latex(options: argparse.Namespace) -> None:
     """Write the statements and, of a network, the tables for a paper."""
-    problem = None if options.weights is None and options.model is None else _problem(options)
     tables: dict[str, str] = {}
-    if problem is not None:
-        calibration = problem.calibration(options.calibration)
-        pruned = _prune(options, problem)
-        table = specprune.bound_table(
-            problem.model,
-            problem.train,
-            pruned,
-            problem.test,
-            reference=problem.initial,
+    if options.weights is not None or options.model is not None:
+        problem = _problem(options)
+        tables = paper_tables(
+            problem,
+            _prune(options, problem),
+            calibration=options.calibration,
+            keep=options.keep,
             delta=options.delta,
             input_radius=options.input_radius or problem.input_radius,
             seed=options.seed,
         )
-        compared = compare(problem.model, calibration, problem.test, keeps=(options.keep,), latency=False)
-        tables = {
-            "spectra": specprune.layer_spectra(problem.model, calibration).to_latex(),
-            "prune": pruned.report.to_latex(),
-            "comparison": compared.to_latex(),
-            "bounds": table.to_latex(),
-        }
     paths = write_latex(options.out, tables)
     print(to_json(paths) if options.json else "\n".join(str(path) for path in paths))
 
 
 def run_report(options: argparse.Namespace) -> None:
     """Write one HTML page about a network: spectra with a slider for lambda, trade-off, bounds, pruning."""
-    # Draws; the other commands do without.
-    from specprune.figures import ReportData, network_facts, prunable_nodes, write_report
+    from specprune.figures import write_report  # draws; the other commands do without
 
     problem = _problem(options)
-    model, batches = problem.model, problem.calibration(options.calibration)
-    radius = options.input_radius or problem.input_radius
-    notes: list[str] = []
-
-    def attempt(what: str, compute: Callable[[], Any]) -> Any:
-        """Return a part of the page, or note there why it is missing."""
-        try:
-            return compute()
-        except (ValueError, TypeError) as reason:
-            notes.append(f"No {what}: {reason}")
-            return None
-
-    facts = {**network_facts(model, batches), **_report_facts(options, problem)}
-    spectra = specprune.layer_spectra(model, batches)
-    nodes = attempt("nodes to prune", lambda: prunable_nodes(model, batches, options.seed))
-    pruned = attempt("pruning", lambda: _prune(options, problem))
-    common = {"delta": options.delta, "input_radius": radius, "seed": options.seed}
-    bounds = attempt(
-        "bounds",
-        lambda: specprune.bound_table(model, problem.train, pruned, problem.test, reference=problem.initial, **common),
-    )
-    curve = None
-    if options.no_tradeoff:
-        notes.append("No trade-off curve: left out with --no-tradeoff")
-    else:
-        curve = attempt(
-            "trade-off curve",
-            lambda: specprune.tradeoff(model, problem.train, problem.test, calibration=batches, **common),
-        )
-    data = ReportData(
-        title=problem.label,
-        facts=facts,
-        spectra=spectra,
-        nodes=nodes,
-        tradeoff=curve,
-        bounds=bounds,
-        prune=None if pruned is None else pruned.report,
-        notes=tuple(notes),
+    data = report_data(
+        problem,
+        lambda: _prune(options, problem),
+        data=str(options.data or (problem.recipe and problem.recipe.data)),
+        calibration=options.calibration,
+        with_tradeoff=not options.no_tradeoff,
+        delta=options.delta,
+        input_radius=options.input_radius or problem.input_radius,
+        seed=options.seed,
     )
     _show(options, "report", data)
     write_report(data, options.out / "report.html")
     _say(options, f"[{options.out / 'report.html'}]")
-
-
-def _report_facts(options: argparse.Namespace, problem: Problem) -> dict[str, str]:
-    """Return what is known of the data, the errors and the run, as text for the head of the page."""
-    facts = {"data": str(options.data or (problem.recipe and problem.recipe.data))}
-    for name, batches in (("training", problem.train), ("test", problem.test)):
-        if batches is None:
-            continue
-        data = CalibrationData(batches)
-        facts[f"{name} samples"] = str(sum(batch_size(batch) for batch in batches))
-        error = classifier_error(problem.model, data)
-        facts[f"{name} error"] = "not known: no labels" if error is None else f"{error:.2%}"
-    facts["seed"] = str(options.seed)
-    facts["versions"] = f"specprune {specprune.__version__}, torch {torch.__version__}, numpy {np.__version__}"
-    return facts
 
 
 def _prune(options: argparse.Namespace, problem: Problem, latency: bool = False) -> Pruned:

@@ -96,6 +96,47 @@ def shared(rank):
     return sent, first_of(None), decided_by_first(lambda: rank), message
 
 
+# What one process does otherwise: arguments of `collect_moments` or `prune`, or the model.
+ODD_ARGUMENTS = {
+    "level": ("collect", {"level": "patch"}),
+    "layers": ("collect", {"layers": ["fc2"]}),
+    "positions": ("collect", {"positions": 3}),
+    "keep": ("prune", {"keep": 0.3}),
+    "allocation": ("prune", {"allocation": "uniform"}),
+    "reconstruction": ("prune", {"reconstruction": "patch"}),
+    "latency": ("prune", {"latency": True}),
+    "call": ("either", {}),
+    "activation": ("collect", {}),
+    "width": ("collect", {}),
+    "dtype": ("collect", {}),
+    "weights": ("collect", {}),
+}
+
+
+def refusal(odd, rank):
+    """What a process says when process 1 makes another call, or makes it with another model; "" if it ends well."""
+    task, settings = ODD_ARGUMENTS[odd]
+    model, batches = model_and_batches("mlp", rank)
+    if rank == 1 and odd == "activation":
+        model.relu1 = nn.Tanh()
+    elif rank == 1 and odd == "width":
+        model = small_mlp((8, 24, 19, 4)).double()
+    elif rank == 1 and odd == "dtype":
+        model, batches = model.float(), [batch.float() for batch in batches]
+    elif rank == 1 and odd == "weights":
+        with torch.no_grad():
+            model.fc1.weight[0, 0] += 1e-9
+    collects = task == "collect" or (task == "either" and rank != 1)
+    try:
+        if collects:
+            collect_moments(model, batches, **(settings if rank == 1 else {}))
+        else:
+            prune(model, batches, **{"keep": 0.5, **(settings if rank == 1 else {})})
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 class Leaving:
     """Batches of a process that ends in the middle of its third reading."""
 
@@ -126,6 +167,7 @@ def main(task, folder):
             prune(model, batches, 0.5)
         except ValueError as error:
             found["unequal"] = str(error)
+        found["refused"] = {odd: refusal(odd, rank) for odd in ODD_ARGUMENTS}
         torch.save(found, Path(folder) / f"{rank}.pt")
     elif task == "leave":
         model, batches = model_and_batches("mlp", rank)

@@ -45,6 +45,7 @@ def test_fixed_filters_have_as_many_channels_as_the_layer_before():
     assert widths(scaled_design(Design(1, 1, False, layers), 1.5)) == [12, 12, 10]
 
 
+@pytest.mark.slow
 def test_a_path_is_made_of_certificates(tmp_path):
     data = dataset()
     path = certificate_path(data, minutes=MINUTES, out=tmp_path, factors=(2, 1), design=DESIGN, seed=3)

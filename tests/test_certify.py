@@ -150,6 +150,15 @@ def test_a_folder_belongs_to_one_run(tmp_path):
         certify(data, minutes=1, out=tmp_path, start="scratch", design=DESIGN)
 
 
+def test_a_stop_between_the_first_state_and_the_first_network_is_no_end(tmp_path):
+    data, settings = dataset(), {"out": tmp_path, "start": "scratch", "design": DESIGN}
+    certify(data, minutes=MINUTES / 4, **settings)
+    (tmp_path / "best.spnw").unlink()
+    found = certify(data, minutes=MINUTES / 4, **settings)
+    assert found.history[0].phase == "random weights"
+    assert (tmp_path / "best.spnw").exists()
+
+
 def test_contradictory_labels_are_counted_and_reported(tmp_path, caplog):
     pixels = torch.tensor([0, 0, 0, 9, 9, 5], dtype=torch.uint8)[:, None, None, None]
     assert contradictory_labels(pixels, torch.tensor([0, 1, 1, 0, 2, 1])) == 2

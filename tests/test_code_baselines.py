@@ -23,6 +23,7 @@ def test_float_baseline_charges_32_bits_a_weight():
     json.dumps(found.to_records())
 
 
+@pytest.mark.slow
 def test_random_subspace_learns_within_its_code():
     data = images()
     found = {d: subspace_baseline(SMALL, data, d, epochs=16, batch=20) for d in (2, 30)}

@@ -159,6 +159,7 @@ def test_bounds(run):
     assert "the package's term" in out
 
 
+@pytest.mark.slow
 def test_double_descent(run):
     names, out = run("4_double_descent_and_pruning", 3)
     widths, large = names["widths"], names["large"]

@@ -1,12 +1,16 @@
 """Files that are whole or absent, and arrays without pickle."""
 
+import errno
+import multiprocessing
 import os
 import stat
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from specprune._files import append_line, atomic_write, load_arrays, read_lines, save_arrays, write_text
+from specprune._files import append_line, atomic_write, load_arrays, lock_folder, read_lines, save_arrays, write_text
 
 
 def names(folder):
@@ -164,3 +168,57 @@ def test_lines_are_whole_after_a_kill(tmp_path):
         assert read_lines(path) == whole
         append_line(path, "three")
         assert read_lines(path) == [*whole, "three"]
+
+
+def test_a_folder_takes_one_run_at_a_time(tmp_path):
+    folder = tmp_path / "new"
+    with lock_folder(folder):
+        refused = pytest.raises(ValueError, match="another run is at work in this folder; wait for it, or give another")
+        with refused, lock_folder(folder):
+            pytest.fail("two runs in one folder")
+        with lock_folder(tmp_path):  # a folder above it is another folder
+            pass
+    with pytest.raises(RuntimeError), lock_folder(folder):
+        raise RuntimeError("a run that fails")
+    with lock_folder(folder):
+        pass
+    assert names(folder) == []
+
+
+def hold(folder, locked):
+    with lock_folder(folder), atomic_write(Path(folder) / "mine.json"):
+        locked.set()
+        time.sleep(60)
+
+
+def test_a_killed_run_leaves_no_lock_and_its_half_written_files_are_removed(tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    locked = context.Event()
+    child = context.Process(target=hold, args=(str(tmp_path), locked))
+    child.start()
+    assert locked.wait(30)
+    with pytest.raises(ValueError, match="another run"), lock_folder(tmp_path):
+        pytest.fail("two runs in one folder")
+    write_text(tmp_path / "mine.json", "{}")  # by another process, while the first still writes
+    (half,) = (name for name in names(tmp_path) if name != "mine.json")
+    assert half.startswith(".mine.json.")
+    child.kill()
+    child.join()
+    (tmp_path / ".mine.json.elsewhere-1-abc.part").touch()
+    half = tmp_path / half
+    copy = half.with_name(half.name.replace("mine", "other"))
+    copy.touch()
+    write_text(tmp_path / "mine.json", "{}")  # removes what was left of this file
+    assert names(tmp_path) == [".mine.json.elsewhere-1-abc.part", copy.name, "mine.json"]
+    with lock_folder(tmp_path):  # removes what was left of any
+        assert names(tmp_path) == [".mine.json.elsewhere-1-abc.part", "mine.json"]
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog):
+    def refuse(handle, operation):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with lock_folder(tmp_path):
+        pass
+    assert "cannot lock it" in caplog.text

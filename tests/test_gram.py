@@ -113,7 +113,7 @@ def test_shifts_are_the_explicit_patches(vertical, horizontal, plane, mode, imag
     assume(all(outputs > 0 for outputs in output_size(layer, inputs)))
     rows = patch_rows(layer, inputs, Positions(None))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gram, "_LINE", chunk)
+        patch.setattr(gram, "LINE", chunk)
         sums = shifted(layer, [inputs])
     assert sums.rows == len(rows)
     torch.testing.assert_close(sums.total, rows.sum(0), rtol=1e-10, atol=1e-10)

@@ -127,6 +127,7 @@ def digits():
     return model, CalibrationData(dataset.train_batches(limit=800)), CalibrationData(dataset.test_batches())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("measure", ["params", "flops"])
 def test_it_never_loses_more_than_its_parents(digits, measure):
     model, data, test = digits

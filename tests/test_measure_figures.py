@@ -1,12 +1,17 @@
 """Figures of rankings and scatter plots: what they show, and that they leave the global state alone."""
 
+import json
+
 import matplotlib as mpl
 import numpy as np
 import pytest
 
 from specprune.analysis.measure_ranking import rank_measures
 from specprune.analysis.measure_table import MeasureTable
-from specprune.figures.measures import draw_ranking, draw_scatter
+from specprune.figures import Conditions, make_figures, measure_ranking, measure_scatter
+from specprune.figures.data_files import read_record
+from specprune.figures.measure_ranking import draw_ranking
+from specprune.figures.measure_scatter import draw_scatter
 
 
 def table(seed=0):
@@ -48,3 +53,45 @@ def test_scatter_shows_ranks_and_groups():
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["n = 100", "n = 200"]
     with pytest.raises(ValueError, match="one to four"):
         draw_scatter({}, own.gap, list(own.gap), "n", "none")
+
+
+def test_data_of_figures_survive_a_file():
+    own = table()
+    ranking = rank_measures(own, pooled=True, resamples=20)
+    data = json.loads(json.dumps(measure_ranking.from_ranking(ranking, "digits, 60 networks")))
+    figure = measure_ranking.draw(data)
+    assert figure.get_suptitle() == "digits, 60 networks, 95 % intervals"
+    assert len(figure.axes[0].get_yticklabels()) == 3
+    data = json.loads(json.dumps(measure_scatter.from_table(own, ("wrong", "good"), "digits")))
+    figure = measure_scatter.draw(data)
+    assert [ax.get_title() for ax in figure.axes] == ["wrong", "good"]
+    for ax, sign in zip(figure.axes, (-1, 1), strict=True):
+        x, y = (np.concatenate([getattr(line, f"get_{axis}data")() for line in ax.lines]) for axis in "xy")
+        assert sign * np.corrcoef(x, y)[0, 1] > 0.9
+    assert data["group"] == "n"
+
+
+def test_the_scatter_shows_the_best_and_the_spectral():
+    own = table()
+    measures = {**own.measures, "dof_1e-3": np.arange(60.0)}
+    own = MeasureTable(own.hyperparameters, measures, own.gap)
+    names = measure_scatter.best_and_spectral(own, rank_measures(own, pooled=True, resamples=20))
+    assert names[0] == "good"
+    assert "dof_1e-3" in names[1:]
+    assert "wrong" not in names
+
+
+@pytest.mark.slow
+def test_quick_figures_of_a_zoo(tmp_path):
+    quick = Conditions(quick=True)
+    make_figures(None, tmp_path, ["measure_ranking", "measure_scatter"], conditions=quick, formats=["png"])
+    ranked, scattered = (read_record(tmp_path / f"measure_{name}.json")["data"] for name in ("ranking", "scatter"))
+    assert len(ranked["measures"]) == 8
+    assert len(scattered["gap"]) == 24
+    assert {0.0 < gap < 1.0 for gap in scattered["gap"]} == {True}
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "measure_ranking.json",
+        "measure_ranking.png",
+        "measure_scatter.json",
+        "measure_scatter.png",
+    ]

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from specprune._files import load_arrays, save_arrays
+from specprune._files import load_arrays, lock_folder, save_arrays
+from specprune._records import shortened
 from specprune.analysis.certificate import (
     LabelledImages,
     certificate_of,
@@ -27,7 +29,7 @@ from specprune.analysis.certificate import (
     save_network,
 )
 from specprune.analysis.certified import Certified, Step, contradictory_labels
-from specprune.analysis.code_design import Design, default_design, rounded, scaled_design
+from specprune.analysis.code_design import Design, default_design, design_of, rounded, scaled_design
 from specprune.analysis.code_pruning import can_be_pruned_to, pruned_weights
 from specprune.analysis.code_search import NEAR, CodeSearch
 from specprune.analysis.code_training import (
@@ -101,7 +103,7 @@ def certify(
 
     Raises:
         ValueError: no time and no earlier result; too few examples for any promise; a missing class; a folder of
-            another run; a pruned start of a design that cannot be pruned.
+            another run, or one in which another run is at work; a pruned start of a design that cannot be pruned.
     """
     minutes = check_number("minutes", minutes, 0.0)
     delta = check_number("delta", delta, 0.0, 1.0, open_low=True, open_high=True)
@@ -117,7 +119,8 @@ def certify(
             "without ReLU to a multiple of 4 channels, cannot be pruned to; choose start='scratch'"
         )
     _check_data(dataset, chosen, delta)
-    return _Run(dataset, chosen, Path(out), start, seed, delta, 60 * minutes, torch.device(device)).go()
+    with lock_folder(out):
+        return _Run(dataset, chosen, Path(out), start, seed, delta, 60 * minutes, torch.device(device)).go()
 
 
 def _check_data(dataset: LabelledImages, design: Design, delta: float) -> None:
@@ -201,6 +204,7 @@ class _Run:
         with tqdm(total=round(self.budget), unit="s", disable=None, desc=f"certify {self.dataset.name}") as bar:
             self.bar = bar
             if self.latent is None and self.round == 0:
+                self._save()  # whose folder this is; a kill may come between the first network and the next state
                 # A network from the first minute on, however long the large one takes.
                 self._offer_rounded(images, random_start(self.design, self.seed).to(self.device), "random weights")
                 self._save()
@@ -354,8 +358,6 @@ class _Run:
         }
 
     def _save(self) -> None:
-        if self.best is None:
-            return
         self.saved = time.monotonic()
         arrays: dict[str, np.ndarray] = {}
         if self.latent is not None:
@@ -383,26 +385,55 @@ class _Run:
                 raise ValueError(f"{self.folder}: holds a network but no state of a run; choose another folder")
             return
         arrays, header = load_arrays(state, _STATE)
-        if header["identity"] != self._identity():
+        if header.get("identity") != self._identity():
             raise ValueError(
-                f"{self.folder}: holds a run of {header['identity']}; this one is {self._identity()}; "
-                "choose another folder"
+                f"{self.folder}: holds a run of {shortened(str(header.get('identity')))}; this one is "
+                f"{self._identity()}; choose another folder"
             )
+        if not (self.folder / _BEST_FILE).exists():  # stopped before its first network
+            return
+        try:
+            self._take(arrays, header)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{state}: a damaged state of a run ({shortened(str(error))})") from error
         self.best = load_network(self.folder / _BEST_FILE)
-        self.round, self.used = header["round"], header["seconds"]
-        self.planned, self.deadline = header["planned"], header["deadline"]
-        self.history = [Step(**step) for step in header["history"]]
+        if design_of(self.best) != self.design:
+            raise ValueError(f"{self.folder / _BEST_FILE}: a network of another design than this run's")
         errors = count_errors(self.best, self.pixels, self.targets)
         self.value = code_length_limit(errors, len(self.targets), length_in_bits(self.best), self.delta)
-        count = len(self.design.shapes)
-        if "weight0" in arrays:
-            parts = [
-                [torch.from_numpy(arrays[f"{name}{i}"].copy()) for i in range(count + 1)]
-                for name in ("weight", "first", "second")
-            ]
-            latent = Latent(parts[0][:-1], parts[0][-1], header["epoch"], (parts[1], parts[2]))
-            self.latent = latent.to(self.device)
         logger.info("%s: going on after %.0f s at %.3f %%", self.folder, self.used, 100 * self.value)
+
+    def _take(self, arrays: Mapping[str, np.ndarray], header: Mapping[str, Any]) -> None:
+        """Take over what a state says, which is what `_save` wrote."""
+        self.round, self.planned = (_number(header[key], (int,)) for key in ("round", "planned"))
+        self.used, self.deadline = (_number(header[key]) for key in ("seconds", "deadline"))
+        epoch = _number(header["epoch"], (int,))
+        self.history = [Step(**step) for step in header["history"]]
+        for step in self.history:
+            _number(step.seconds), _number(step.value), _number(step.errors, (int,)), _number(step.bits, (int,))
+            if type(step.phase) is not str:
+                raise ValueError(f"phase {step.phase!r}: expected text")
+        shapes = (*self.design.shapes, ())
+        names = [f"{name}{i}" for name in ("weight", "first", "second") for i in range(len(shapes))]
+        if not arrays:
+            return
+        if set(arrays) != set(names):
+            raise ValueError(f"arrays {sorted(arrays)[:5]}, expected {names}")
+        for name, shape in zip(names, shapes * 3, strict=True):
+            array = arrays[name]
+            if array.dtype != np.float32 or array.shape != shape or not np.isfinite(array).all():
+                raise ValueError(
+                    f"{name}: {array.dtype} of shape {array.shape}, expected finite float32 of shape {shape}"
+                )
+        tensors = [torch.from_numpy(arrays[name].copy()) for name in names]
+        weights, first, second = (tensors[k : k + len(shapes)] for k in range(0, len(tensors), len(shapes)))
+        self.latent = Latent(weights[:-1], weights[-1], epoch, (first, second)).to(self.device)
+
+
+def _number(value: Any, kinds: tuple[type, ...] = (int, float)) -> Any:
+    if type(value) not in kinds or value < 0:
+        raise ValueError(f"{value!r}: expected a number that is not negative")
+    return value
 
 
 def _batch(n: int) -> int:

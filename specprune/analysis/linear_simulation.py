@@ -33,7 +33,7 @@ class SimulatedRisks:
         size: k, features that were trained on.
         keep: s, features that were kept.
         draws: number of training sets.
-        risks: a mean and its standard error for each of `specprune.bounds.pruned_risks.METHODS`.
+        risks: a mean and its standard error for each of ``specprune.bounds.pruned_risks.METHODS``.
     """
 
     size: int

@@ -13,6 +13,7 @@ Source: Chang, Li, Oymak and Thrampoulidis 2021 (arXiv:2012.08749); the draws ar
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +30,7 @@ _TOLERANCE = 1e-6
 
 @dataclass(frozen=True, eq=False)
 class CorrelatedProblem:
-    """Regression on Gaussian features: y = x . beta + sigma z, x ~ N(0, covariance).
+    """Regression on Gaussian features: y = <x, beta> + sigma z, x ~ N(0, covariance).
 
     Attributes:
         covariance: symmetric positive semidefinite, shape (k, k).
@@ -266,7 +267,7 @@ def _estimate(values: FloatArray) -> Estimate:
 
 @dataclass(frozen=True, eq=False)
 class ReluFeatures:
-    """Regression on random ReLU features: y = a . x + sigma_0 z, features phi_i = max(0, r_i . x), x ~ N(0, I_d).
+    """Regression on random ReLU features: y = <a, x> + sigma_0 z, features phi_i = max(0, <r_i, x>), x ~ N(0, I_d).
 
     Attributes:
         weights: r, one row a feature, shape (k, d).
@@ -366,4 +367,8 @@ def rank_one_risks(loadings: ArrayLike, beta: ArrayLike, noise: float, n: int, k
     energy = np.sort((v / np.abs(v).max()) ** 2)[::-1]
     share = float(energy[:keep].sum() / energy.sum())
     variance = noise / (n - 2)
-    return RankOneRisks(share**2 * variance + (1 - share) ** 2 * float(v @ true) ** 2, variance)
+    with np.errstate(over="ignore", invalid="ignore"):
+        signal = float(np.square(v @ true))
+    if not math.isfinite(signal):
+        raise ValueError("loadings and beta are so large that (v . beta)^2 exceeds float64; scale them down")
+    return RankOneRisks(share**2 * variance + (1 - share) ** 2 * signal, variance)

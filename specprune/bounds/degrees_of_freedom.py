@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import overload
 
@@ -204,7 +205,7 @@ def effective_rank(eigenvalues: ArrayLike) -> float:
     if mu.size == 0:
         raise ValueError("eigenvalues are all zero: the effective rank is undefined")
     shares = mu / float(mu.max())  # divide twice: the sum of huge eigenvalues may overflow
-    shares = shares / float(shares.sum())
+    shares = shares[shares > 0] / float(shares.sum())  # what is 1e308 times smaller than the largest counts nothing
     return float(np.exp(-np.sum(shares * np.log(shares))))
 
 
@@ -279,7 +280,7 @@ def power_law_degrees_of_freedom(mu0: float, beta: float, lam: float) -> float:
         lam: regularisation, positive.
 
     Returns:
-        The ceiling on N(lambda), a pure number.
+        The ceiling on N(lambda), a pure number; inf where it exceeds float64.
 
     Raises:
         ValueError: if beta >= 1 (the integral diverges: use the finite sum `degrees_of_freedom`), or an input is
@@ -292,4 +293,7 @@ def power_law_degrees_of_freedom(mu0: float, beta: float, lam: float) -> float:
     beta = check_number("beta", beta, 0.0, open_low=True)
     if beta >= 1:
         raise ValueError(f"beta must be below 1, got {beta:g}: the infinite sum diverges; use degrees_of_freedom")
-    return math.pi * beta / math.sin(math.pi * beta) * math.exp(beta * (math.log(mu0) - math.log(lam)))
+    exponent = beta * (math.log(mu0) - math.log(lam))
+    factor = math.pi * beta / math.sin(math.pi * beta)
+    logarithm = math.log(factor) + exponent
+    return factor * math.exp(exponent) if logarithm < math.log(sys.float_info.max) else math.inf

@@ -19,7 +19,7 @@ import scipy.linalg
 from numpy.typing import ArrayLike, NDArray
 
 from specprune.bounds.bound import FloatArray, Record, check_count, check_number, check_vector
-from specprune.bounds.degrees_of_freedom import check_covariance
+from specprune.bounds.degrees_of_freedom import check_covariance, clip_eigenvalues
 
 IndexArray = NDArray[np.int64]
 
@@ -27,6 +27,7 @@ IndexArray = NDArray[np.int64]
 MAX_DISTORTION = 4.0
 #: sum(omega) <= 5/3 m: Markov's inequality leaves probability 2/5 for it (as recalled, Suzuki et al. ask the same).
 MAX_MASS = 5.0 / 3.0
+_ROUNDING = 1e-6  # of the largest eigenvalue: what float32 data may leave below zero, as in `eigenvalues`
 
 
 @dataclass(frozen=True)
@@ -162,10 +163,21 @@ def sample_nodes(scores: ArrayLike, size: int, generator: np.random.Generator) -
 
 
 def _factor(matrix: FloatArray, nodes: WeightedNodes, lam: float) -> tuple[FloatArray, FloatArray]:
-    """Return the lower Cholesky factor of S_JJ + lambda diag(1/omega), and S_FJ."""
+    """Return the lower Cholesky factor of S_JJ + lambda diag(1/omega), and S_FJ.
+
+    Where rounding of the data left S_JJ so indefinite that lambda does not make up for it, just enough is added to the
+    diagonal.  More regularisation never makes the residual smaller.
+    """
     check_nodes(len(matrix), nodes)
-    block = matrix[np.ix_(nodes.indices, nodes.indices)] + np.diag(lam / nodes.weights)
-    return scipy.linalg.cholesky(block, lower=True), matrix[:, nodes.indices]
+    own = matrix[np.ix_(nodes.indices, nodes.indices)]
+    block = own + np.diag(lam / nodes.weights)
+    try:
+        return scipy.linalg.cholesky(block, lower=True), matrix[:, nodes.indices]
+    except scipy.linalg.LinAlgError:
+        values = scipy.linalg.eigvalsh(own)
+        clip_eigenvalues(values, _ROUNDING)  # refuses what is no covariance
+        shift = 2 * abs(min(float(values[0]), 0.0)) + 4 * len(own) * float(np.finfo(np.float64).eps) * float(values[-1])
+        return scipy.linalg.cholesky(block + shift * np.eye(len(own)), lower=True), matrix[:, nodes.indices]
 
 
 def residual_covariance(covariance: ArrayLike, nodes: WeightedNodes, lam: float) -> FloatArray:
@@ -238,7 +250,9 @@ def feasibility(covariance: ArrayLike, nodes: WeightedNodes, lam: float) -> Feas
     residual = residual_covariance(covariance, nodes, lam)
     size = len(residual)
     largest = float(scipy.linalg.eigvalsh(residual, subset_by_index=[size - 1, size - 1])[0])
-    rounding = 4 * size * float(np.finfo(np.float64).eps) * float(np.linalg.norm(np.asarray(covariance, np.float64)))
+    matrix = np.asarray(covariance, np.float64)
+    scale = float(np.abs(matrix).max()) or 1.0  # so that no square overflows or vanishes
+    rounding = 4 * size * float(np.finfo(np.float64).eps) * float(np.linalg.norm(matrix / scale)) * scale
     c = (max(largest, 0.0) + rounding) / lam
     s = float(nodes.weights.sum()) / size
     return Feasibility(c, s, bool(c <= MAX_DISTORTION and s <= MAX_MASS * (1 + 1e-12)))

@@ -6,6 +6,7 @@ k numbers and a seed.  A^ is right on average, and for any fixed vectors u, v
     P( |u^T (A^ - A) v| > epsilon ||A||_F ||u|| ||v|| ) <= 2 exp(-(k/2) (epsilon - ln(1 + epsilon))).
 
 Proof.  Scale to unit a = A/||A||_F and b = u v^T/(||u|| ||v||), rho = <a, b>, and let M be one matrix of signs.
+
 1. With S = <a+b, M>^2/sigma, T = <a-b, M>^2/tau, sigma = ||a+b||^2 = 2 + 2 rho, tau = 2 - 2 rho, polarisation gives <a,
    M><b, M> - rho = (sigma/4)(S - 1) - (tau/4)(T - 1).  As sigma/4 + tau/4 = 1, Hoelder's inequality gives ln E exp(t
    (<a, M><b, M> - rho)) <= (sigma/4) ln E exp(t (S - 1)) + (tau/4) ln E exp(-t (T - 1)) for t >= 0.
@@ -44,7 +45,7 @@ needed.
 What it is good for.  The lemma counts real numbers, not bits, and rho is measured under Gaussian noise rather than
 under the compressor's; so `compressed_size` is a COMPLEXITY MEASURE, form after the source, and no bound on an error.
 The valid bound is `specprune.analysis.matrix_projection`: it writes the compressed network down and pays for it with
-`specprune.bounds.projection_code`.
+``specprune.bounds.projection_code``.
 
 Source: Arora, Ge, Neyshabur and Zhang 2018 (arXiv:1802.05296) for the idea and the definitions; proofs and constants
 are derived here.

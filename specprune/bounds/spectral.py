@@ -118,7 +118,7 @@ def samples_needed(dof: float, delta: float, form: Literal["bach", "explicit"] =
         return max(1, math.ceil(5 * dof * math.log(16 * dof / delta)))
     if form != "explicit":
         raise ValueError(f"form must be 'bach' or 'explicit', got {form!r}")
-    return max(1, math.ceil(32 / 9 * (dof + 0.25) * math.log(4 * dof * (1 + ratio) / delta)))
+    return max(1, math.ceil(32 / 9 * (dof + 0.25) * (math.log(4 * dof * (1 + ratio)) - math.log(delta))))
 
 
 def paper_width(dof: float) -> int:
@@ -365,8 +365,9 @@ def approximation_a_priori(
             hypotheses.append(Hypothesis(f"c_{k + 1} <= 4{missing}", None if item is None else item.c, c_holds))
             hypotheses.append(Hypothesis(f"s_{k + 1} <= 5/3{missing}", None if item is None else item.s, s_holds))
     # The outputs of the network are all kept with weight 1, hence s = 1 behind the last consumer.
-    gains = np.sqrt(c * np.append(s[1:], 1.0) * spread) * norm
-    terms = _propagate(gains * np.sqrt(lam) * scale, gains)
+    with np.errstate(over="ignore"):  # an infinite bound is one, too
+        gains = np.sqrt(c * np.append(s[1:], 1.0) * spread) * norm
+        terms = _propagate(gains * np.sqrt(lam) * scale, gains)
     return Bound.from_terms(
         f"approximation a priori ({constants} constants)",
         terms,

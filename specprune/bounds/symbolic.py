@@ -177,7 +177,7 @@ def dudley(depth: int = 2) -> Statement:
     Raises:
         ValueError: if depth < 1.
 
-    Source: Bartlett, Foster and Telgarsky 2017, Lemma A.5, for Dudley's constant; the rest derived here.
+    Source: Bartlett, Foster and Telgarsky 2017, Lemma A.5, for the chaining; the rest derived here.
     """
     check_count("depth", depth)
     ramp, error, gamma, n, delta, price, radius, count, s, b, risk = positive("r_n e gamma n delta C D_x P s B r")
@@ -186,7 +186,7 @@ def dudley(depth: int = 2) -> Statement:
         reach += s ** (depth - layer) * (at + 1)
         at = s * at + b
     k = 2 * sp.Max(s, b) * reach * sp.sqrt(2) / gamma
-    variance = 24 * sp.sqrt(count / n * (1 + sp.log(1 + k)))
+    variance = 6 * sp.sqrt(count / n * (1 + sp.log(1 + 4 * k)))
     value = ramp + sp.sqrt(2) / gamma * error + variance + sp.sqrt((price + sp.log(1 / delta)) / (2 * n))
     return Statement(
         "dudley",

@@ -19,6 +19,7 @@ from itertools import pairwise
 
 import numpy as np
 import sympy as sp
+from sympy.polys.polytools import NoConvergence
 
 from specprune.bounds.bound import check_count, check_number
 from specprune.bounds.overparameterized import LinearProblem
@@ -143,8 +144,14 @@ def large_beats_small(
     known = {symbol: sp.nsimplify(value, rational=True) for symbol, value in zip(symbols[1:], values, strict=True)}
     gain = sp.together((formulas.small - formulas.oracle_over).subs(known))
     size = symbols[0]
-    roots = [complex(root) for root in sp.Poly(sp.numer(gain), size).nroots(n=30, maxsteps=200)]
-    inside = sorted(root.real for root in roots if abs(root.imag) < _IMAGINARY and n < root.real < features)
-    ends = [float(n), *inside, float(features)]
     ahead = sp.lambdify(size, gain)
-    return [(low, high) for low, high in pairwise(ends) if ahead((low + high) / 2) > 0]
+    try:
+        roots = [complex(root) for root in sp.Poly(sp.numer(gain), size).nroots(n=30, maxsteps=200)]
+        inside = sorted(root.real for root in roots if abs(root.imag) < _IMAGINARY and n < root.real < features)
+        ends = [float(n), *inside, float(features)]
+        return [(low, high) for low, high in pairwise(ends) if ahead((low + high) / 2) > 0]
+    except (OverflowError, NoConvergence) as error:
+        raise ValueError(
+            f"noise={noise:g}, energy={energy:g} and rest={rest:g} differ by too many orders for the roots to be "
+            "found; scale them closer together"
+        ) from error

@@ -5,6 +5,7 @@ from specprune.compress.checkpoint import load_pruned, save_pruned
 from specprune.compress.cost import count_flops, count_params
 from specprune.compress.groups import Structure, find_groups
 from specprune.compress.low_rank_network import LowRank, LowRankLayer, low_rank
+from specprune.compress.memory import CollectionCeiling, collection_ceiling
 from specprune.compress.moments import LayerMoments, Moments, collect_moments, collection_bytes
 from specprune.compress.pruning import prune, prune_sweep
 from specprune.compress.report import GroupReport, Pruned, PruneReport
@@ -15,6 +16,7 @@ from specprune.compress.surgery import Group, Skipped, Slice, remove_nodes
 
 __all__ = [
     "CalibrationData",
+    "CollectionCeiling",
     "Group",
     "GroupReport",
     "LayerMoments",
@@ -33,6 +35,7 @@ __all__ = [
     "Structure",
     "collect_moments",
     "collection_bytes",
+    "collection_ceiling",
     "count_flops",
     "count_params",
     "find_groups",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from specprune.compress.distributed import first_of, is_parallel, sum_over_processes
+from specprune.compress.out_of_memory import telling_what_to_lower
 
 Forward = Callable[[nn.Module, Any], Tensor]
 _EMPTY = "batches is empty: give at least one batch with at least one sample"
@@ -169,8 +170,13 @@ class CalibrationData:
                 yield batch
 
     def call(self, model: nn.Module, batch: Any) -> Tensor:
-        """Run `model` on `batch` in the way the caller asked for."""
-        return call_model(model, batch, self._forward)
+        """Run `model` on `batch` in the way the caller asked for.
+
+        Raises:
+            torch.OutOfMemoryError: saying what to lower.
+        """
+        with telling_what_to_lower("running the model on a batch", "give smaller batches"):
+            return call_model(model, batch, self._forward)
 
     def passes(self, model: nn.Module, title: str) -> Iterator[Any]:
         """Yield every batch with samples once, with a progress bar on terminals.

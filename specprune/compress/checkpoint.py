@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from specprune._files import load_arrays, save_arrays
+from specprune._files import MOST_NAME, load_arrays, save_arrays
+from specprune._records import shortened
 from specprune.compress.attention import HeadAttention, replace_attention
 from specprune.compress.heads import EMBEDDING_WIDTHS, HEAD_COUNTS, INNER_WIDTHS
 from specprune.compress.low_rank_checkpoint import (
@@ -96,7 +97,8 @@ def load_pruned(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) 
     arrays, header = load_arrays(path, FILE_KIND)
     if header.get("version") not in _READABLE:
         raise ValueError(
-            f"{path}: format version {header.get('version')!r}, this program reads the versions {_READABLE}"
+            f"{path}: format version {shortened(repr(header.get('version')))}, this program reads the versions "
+            f"{_READABLE}"
         )
     structure, dtypes = header.get("structure"), header.get("dtypes")
     if not isinstance(structure, dict) or not isinstance(dtypes, dict):
@@ -104,8 +106,17 @@ def load_pruned(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) 
     label = os.fspath(path)
     for name, entry in structure.items():
         if not isinstance(entry, dict) or not isinstance(entry.get("sizes"), dict):
-            raise ValueError(f"{label}: the structure says {entry!r} of module {name!r}; the file is damaged")
+            found = shortened(repr(entry))
+            raise ValueError(
+                f"{label}: the structure says {found} of module {shortened(repr(name))}; the file is damaged"
+            )
     foldings = check_foldings(header, label)
+    # Each of these layers has tensors of its own, and what follows looks at every part of every name.
+    if len(foldings) > len(arrays) or any(len(name) > MOST_NAME for name in (*structure, *foldings)):
+        raise ValueError(
+            f"{label}: {len(foldings)} low-rank layers for {len(arrays)} tensors, or the name of a module has more "
+            f"than {MOST_NAME} characters; the file is damaged"
+        )
     model = factory()
     if not isinstance(model, nn.Module):
         raise TypeError(f"factory() returned {type(model).__name__}, expected a torch.nn.Module")
@@ -142,7 +153,8 @@ def _other_types(model: nn.Module, structure: Mapping[str, Any], label: str) -> 
     for name, entry in structure.items():
         found = type(modules[name]).__name__ if name in modules else "nothing"
         if found != entry.get("type"):
-            reasons.append(f"{label}: module {name!r} is a {entry.get('type')}, the factory's network has {found}")
+            stated = shortened(ascii(str(entry.get("type")))[1:-1])
+            reasons.append(f"{label}: module {name!r} is a {stated}, the factory's network has {found}")
     return reasons
 
 
@@ -152,8 +164,8 @@ def _checked_sizes(module: nn.Module, name: str, entry: Mapping[str, Any], label
         full = vars(module).get(key)
         if type(full) is not int or type(value) is not int or not 1 <= value <= full:
             raise ValueError(
-                f"{label}: module {name!r} has the size {key}={value!r}, expected a whole number from 1 to the "
-                f"{key}={full!r} of the factory's {type(module).__name__}"
+                f"{label}: module {name!r} has the size {shortened(key)}={shortened(repr(value))}, expected a whole "
+                f"number from 1 to the {shortened(key)}={full!r} of the factory's {type(module).__name__}"
             )
     sizes = {key: value for key, value in vars(module).items() if type(value) is int} | entry["sizes"]
     if isinstance(module, SlicedLinear):
@@ -206,7 +218,7 @@ def _checked_tensors(
     state = model.state_dict()
     names = {key.removeprefix("tensor:") for key in arrays}
     if names != set(state) or set(dtypes) != names:
-        missing, extra = sorted(set(state) - names), sorted(names - set(state))
+        missing, extra = sorted(set(state) - names), sorted((names | set(dtypes)) - set(state))
         raise ValueError(f"{label}: does not fit the factory's network (missing {missing[:3]}, unknown {extra[:3]})")
     tensors = {}
     shapes = {name: _shapes(module, sizes.get(name, {})) for name, module in model.named_modules()}
@@ -263,7 +275,7 @@ def _to_array(tensor: Tensor) -> tuple[np.ndarray, str]:
 def _to_tensor(array: np.ndarray, dtype: Any, label: str) -> Tensor:
     kind = getattr(torch, dtype, None) if isinstance(dtype, str) else None
     if not isinstance(kind, torch.dtype):
-        raise ValueError(f"{label} has the dtype {dtype!r}, which torch does not know")
+        raise ValueError(f"{label} has the dtype {shortened(repr(dtype))}, which torch does not know")
     tensor = torch.from_numpy(array)
     if kind == torch.bfloat16 and tensor.dtype == torch.int16:
         return tensor.view(torch.bfloat16)

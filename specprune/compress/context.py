@@ -17,7 +17,7 @@ from specprune.compress.choice import check_scores, choose_units
 from specprune.compress.divergence import Reference
 from specprune.compress.groups import Structure
 from specprune.compress.layers import get_layer, input_width, is_refittable
-from specprune.compress.moments import LayerMoments, Moments, collect_moments
+from specprune.compress.moments import LayerMoments, Moments, collect_moments, moments_of
 from specprune.compress.reconstruction import Problem, problem_from_moments, refit, selection_items
 from specprune.compress.recurrent import hidden_moments, recurrent_item
 from specprune.compress.selection import NodeStatistics
@@ -109,7 +109,10 @@ def make_context(
     }
     dead = [name for name, entry in statistics.items() if np.trace(entry.covariance) <= 0]
     if dead:
-        raise ValueError(f"the nodes of {dead} are zero on all calibration data: nothing to measure; check the data")
+        raise ValueError(
+            f"the nodes of {dead} are zero on all calibration data, or their squares are: nothing to measure; check "
+            "the data, or scale it up"
+        )
     if settings.selection == "scores":
         check_scores(scores, groups)
     elif settings.selection == "magnitude_l1":
@@ -159,7 +162,9 @@ def _original_problems(
         or (one_pass and (settings.selection in ("backward", "thorough") or heads))
     ):
         return {}
-    found = collect_moments(original, data, consumers, level="patch", positions=settings.positions, seed=settings.seed)
+    found = moments_of(
+        original, data, consumers, level="patch", positions=settings.positions, seed=settings.seed, wide=True
+    )
     problems = {}
     for name in consumers:
         intercept = get_layer(original, name).bias is not None or name in structure.direct

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from specprune.compress.batches import CalibrationData, batch_size
 from specprune.compress.groups import find_groups
-from specprune.compress.layers import input_width
+from specprune.compress.layers import input_width, layer_names
 from specprune.compress.surgery import RECURRENT, Group
 from specprune.compress.tracing import small_batch
 
@@ -116,6 +116,7 @@ def cost_model(model: nn.Module, data: CalibrationData, groups: Sequence[Group],
     terms: list[CostTerm] = []
     if measure == "flops":
         counts = module_flops(model, data)
+        counts |= {name: 0 for name in layer_names(model) if name not in counts and _is_empty(model, name)}
         missing = [group.name for group in groups if not any(part.module in counts for part in group.producers)]
         if missing:
             raise ValueError(f"the FLOPs of the layers {missing} could not be counted; use measure='params' or 'nodes'")
@@ -134,6 +135,10 @@ def cost_model(model: nn.Module, data: CalibrationData, groups: Sequence[Group],
             else:
                 terms.append(CostTerm(size, own if "_hh_" in key else inputs.get(name, ()), own))
     return CostModel(full, tuple(terms))
+
+
+def _is_empty(model: nn.Module, name: str) -> bool:
+    return model.get_submodule(name).get_parameter("weight").numel() == 0
 
 
 def layer_shares(model: nn.Module, groups: Sequence[Group]) -> tuple[dict[str, Shares], dict[str, Shares]]:

@@ -110,6 +110,8 @@ def _read_group(
     if layer not in graph.module2node:
         raise _RefusedError("not reached by tracing (is its output unused, or detached from the graph?)")
     channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+    if channels == 0:
+        raise _RefusedError(f"{name!r} has no outputs")
     prune = graph.get_pruner_of_module(layer).prune_out_channels
     found = graph.get_pruning_group(layer, prune, list(range(channels)))
     producers: dict[str, list[tuple[int, int]]] = {}

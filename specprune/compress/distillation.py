@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from functools import partial, reduce
 from typing import Any
@@ -12,11 +13,14 @@ from tqdm import tqdm
 
 from specprune.compress.batches import CalibrationData, batch_size
 from specprune.compress.distributed import is_parallel, sum_over_processes
-from specprune.compress.divergence import output_divergence
+from specprune.compress.divergence import Reference, output_divergence
 from specprune.compress.tracing import map_tensors
 
 BATCH = 128
 LEARNING_RATE = 3e-4  # ten times as much loses accuracy on small calibration sets
+_HALF = (torch.float16, torch.bfloat16)
+_SAMPLES = 500  # on which the outcome is checked
+_FAR = 1.0  # nats, or the outputs' own mean square: no network that is of any use is so far from the original
 
 
 def distill(pruned: nn.Module, original: nn.Module, data: CalibrationData, steps: int, seed: int) -> None:
@@ -27,15 +31,38 @@ def distill(pruned: nn.Module, original: nn.Module, data: CalibrationData, steps
     Args:
         pruned: the network to train; all its floating-point parameters move.
         original: the teacher, left as it is.
-        data: calibration data, this process's share; batches of more than 128 samples are split.
+        data: calibration data, this process's share; batches of more than 128 samples are split.  A network in
+            half precision is trained as a float32 copy.
         steps: how many optimizer steps.
         seed: of the order of the samples.
 
     Raises:
-        ValueError: the loss is no longer finite.
+        ValueError: the loss is no longer finite, or the network is further from the original than before, and far.
     """
     original.eval()
     pruned.eval()
+    reference = Reference(original, data, _SAMPLES)
+    before = reference.divergence(pruned)
+    if all(p.dtype in _HALF for p in pruned.parameters() if p.is_floating_point()):
+        # Steps of this size are lost in the rounding of half precision, and Adam's squares vanish.
+        student = copy.deepcopy(pruned).float()
+        _train(student, copy.deepcopy(original).float(), data, steps, seed, wide=True)
+        pruned.load_state_dict(student.state_dict())
+    else:
+        _train(pruned, original, data, steps, seed)
+    after = reference.divergence(pruned)
+    if not after <= max(before, _FAR):
+        raise ValueError(
+            f"distillation raised the divergence of the outputs from {before:.3g} to {after:.3g}: its steps of "
+            f"{LEARNING_RATE:g} a weight do not suit weights of this size; leave out distill_steps, or rescale "
+            "the network"
+        )
+
+
+def _train(
+    pruned: nn.Module, original: nn.Module, data: CalibrationData, steps: int, seed: int, *, wide: bool = False
+) -> None:
+    """Take the steps; with `wide`, batches of half precision are made float32, as the networks were."""
     parameters = [p for p in pruned.parameters() if p.is_floating_point() and p.requires_grad]
     optimizer = torch.optim.Adam(parameters, LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -46,6 +73,7 @@ def distill(pruned: nn.Module, original: nn.Module, data: CalibrationData, steps
             optimizer.zero_grad(set_to_none=True)
             batch = next(samples, None)
             if batch is not None:
+                batch = map_tensors(batch, _widened) if wide else batch
                 with torch.no_grad():
                     target = data.call(original, batch)
                 loss = output_divergence(target, data.call(pruned, batch))
@@ -87,6 +115,10 @@ def _endless(data: CalibrationData, generator: torch.Generator) -> Iterator[Any]
                 yield map_tensors(batch, partial(_rows, part=part, count=count))
         if empty:
             return
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in _HALF else tensor
 
 
 def _rows(tensor: Tensor, part: Tensor, count: int) -> Tensor:

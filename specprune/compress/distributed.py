@@ -11,7 +11,7 @@ import contextlib
 import io
 import pickle
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -100,24 +100,53 @@ def all_names(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(name for own in _gathered(list(names)) for name in own))
 
 
-def check_same_weights(model: nn.Module) -> None:
-    """Check that all processes have bit for bit the same parameters and buffers.
+def check_same_call(call: str, arguments: Mapping[str, Any], model: nn.Module) -> None:
+    """Check that all processes make the same call, on models of the same kinds of modules and bitwise equal weights.
+
+    Sums of different calls would be wrong without a word where their sizes agree, and end the process where they do
+    not, so this comes before anything is summed.
+
+    Args:
+        call: name of the function called.
+        arguments: name to a value that is compared by its `repr`.
+        model: whose modules, parameters and buffers are compared.
 
     Raises:
-        ValueError: on every process, naming the first tensor that differs.
+        ValueError: on every process, naming the first thing that differs.
         RuntimeError: another process died or did not answer in time.
     """
     if not is_parallel():
         return
-    own = {name: zlib.crc32(_raw(tensor)) for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
-    first, *others = _gathered(own)
-    for rank, other in enumerate(others, 1):
-        for name in [*first, *other]:
-            if first.get(name) != other.get(name):
-                raise ValueError(
-                    f"{name!r} of the model is not the same on processes 0 and {rank}: give all the same weights, for "
-                    "example `for tensor in model.state_dict().values(): torch.distributed.broadcast(tensor, 0)`"
-                )
+    modules = {name: type(module).__name__ for name, module in model.named_modules()}
+    tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    weights = {name: (str(v.dtype), tuple(v.shape), zlib.crc32(_raw(v))) for name, v in tensors.items()}
+    given = {name: repr(value) for name, value in arguments.items()}
+    told: dict[str, dict[str, Any]] = {"argument": given, "module": modules, "tensor": weights}
+    (first_call, first), *others = _gathered((call, told))
+    for rank, (other_call, other) in enumerate(others, 1):
+        if first_call != other_call:
+            raise ValueError(
+                f"the call is not the same on processes 0 and {rank} ({first_call} and {other_call}): every process "
+                "must make the same calls in the same order"
+            )
+        for kind, ours in first.items():
+            theirs = other[kind]
+            name = next((name for name in [*ours, *theirs] if ours.get(name) != theirs.get(name)), None)
+            if name is not None:
+                raise ValueError(_difference(kind, call, name, rank, ours.get(name), theirs.get(name)))
+
+
+def _difference(kind: str, call: str, name: str, rank: int, ours: Any, theirs: Any) -> str:
+    processes = f"is not the same on processes 0 and {rank}"
+    if kind == "argument":
+        return f"{name} of {call} {processes} ({ours} and {theirs}): give every process the same arguments"
+    if kind == "module":
+        return f"{name!r} of the model {processes} ({ours} and {theirs}): give all the same model"
+    shapes = "" if ours is None or theirs is None or ours[:2] == theirs[:2] else f" ({ours[:2]} and {theirs[:2]})"
+    return (
+        f"{name!r} of the model {processes}{shapes}: give all the same weights, for "
+        "example `for tensor in model.state_dict().values(): torch.distributed.broadcast(tensor, 0)`"
+    )
 
 
 @torch.no_grad()

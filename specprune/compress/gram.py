@@ -16,12 +16,13 @@ from torch.nn import functional
 from specprune.compress.layers import Convolution, Layer, output_size
 
 CHUNK = 1024  # rows whose products BLAS adds up before they go to the float64 sums; it sums by blocks of its own
-_PART = 256  # the same for narrow matrices, whose products are added one by one
-_LINE = 1024  # pixels of a line, over all images of a part, whose products are added one by one
-_WIDE = 128  # columns from which BLAS syrk, half of the products, beats a batched product
+PART = 256  # the same for narrow matrices, whose products are added one by one
+LINE = 1024  # pixels of a line, over all images of a part, whose products are added one by one
+WIDE = 128  # columns from which BLAS syrk, half of the products, beats a batched product
 _STRIP = 256  # rows of a triangle that are handled at a time
 _NARROW_MAP = 4  # channels below which explicit patches are cheaper than their shifts
 _SHIFTED = (nn.Conv1d, nn.Conv2d)
+_SMALL, _LARGE = 1e-15, 1e17  # of a column's largest number, between which float32 holds the sums of its squares
 
 Range = tuple[int, int]
 
@@ -34,41 +35,46 @@ class GramSum:
     entry (i, j) is about 1e-7 of sqrt(G_ii G_jj), and up to 2e-6 where the data repeat a few values (half
     precision, equal numbers), for then the roundings have a sign in common.
 
-    On the CPU a wide matrix takes only half of the products, by BLAS syrk.  Nothing here waits for an accelerator.
+    On the CPU a wide matrix takes only half of the products, by BLAS syrk, and rows whose squares leave the range of
+    float32 are multiplied in float64.  Nothing here waits for an accelerator, where such squares become Inf or 0.
 
     Args:
         columns: d, the length of a row.
         device: where the rows are.
+        wide: multiply all rows in float64, for what is centred afterwards: that cancels all but the spread.
 
     Attributes:
         rows: how many rows were added.
         total: (d,) float64 sum of the rows.
     """
 
-    def __init__(self, columns: int, device: torch.device) -> None:
+    def __init__(self, columns: int, device: torch.device, *, wide: bool = False) -> None:
         self.rows = 0
+        self._wide = wide
         self.total = torch.zeros(columns, dtype=torch.float64, device=device)
         self._gram: Tensor | None = None
-        self._half = device.type == "cpu" and columns >= _WIDE  # only the lower triangle is summed
+        self._half = device.type == "cpu" and columns >= WIDE  # only the lower triangle is summed
         self._pending: Tensor | None = None
         self._pending_rows = 0
         self._by_offset: Tensor | None = None
 
     def add(self, rows: Tensor) -> None:
         """Add the rows of an (n, d) matrix."""
-        rows = _widen(rows)
+        rows = self._widen(rows, (0,))
         self.rows += len(rows)
         if self._gram is None:
             self._gram = torch.zeros(len(self.total), len(self.total), dtype=torch.float64, device=self.total.device)
         with full_precision(rows.device):
-            whole = len(rows) // _PART * _PART
+            whole = len(rows) // PART * PART
             if self._half:
                 for part in rows.split(CHUNK):
                     self.total += part.sum(0)
                     self._add_half(self._gram, part)
                 return
-            if whole:
-                parts = rows[:whole].unflatten(0, (-1, _PART))
+            # A part of the rows has PART * d numbers, its product d * d: no more products at once than rows.
+            together = PART * max(1, len(rows) // max(1, len(self.total)))
+            for start in range(0, whole, together):
+                parts = rows[start : min(start + together, whole)].unflatten(0, (-1, PART))
                 self.total += parts.sum(1).sum(0, dtype=torch.float64)
                 self._gram += torch.bmm(parts.mT, parts).sum(0, dtype=torch.float64)
             if whole < len(rows):
@@ -89,7 +95,7 @@ class GramSum:
             layer: a Conv1d or Conv2d of stride 1; of a grouped one, the columns are those of all its blocks.
             inputs: (n, channels, length) or (n, channels, height, width).
         """
-        maps, axes = _planes(layer, _widen(inputs))
+        maps, axes = _planes(layer, self._widen(inputs, (0, *range(2, inputs.dim()))))
         self.rows += len(maps) * math.prod(axis.outputs for axis in axes)
         channels, offsets = maps.shape[1], axes[0].kernel * axes[1].kernel
         if self._by_offset is None:
@@ -103,7 +109,7 @@ class GramSum:
                 for b in range(axes[1].kernel)
             ]
             self.total += torch.stack(totals, 1).reshape(channels * offsets)
-            for part in maps.split(max(1, _LINE // maps.shape[3])):
+            for part in maps.split(max(1, LINE // maps.shape[3])):
                 _add_shifts(self._by_offset, part, axes)
 
     def finish(self) -> Tensor:
@@ -116,6 +122,17 @@ class GramSum:
             parts.append(_in_order(self._by_offset))
         self._gram = self._by_offset = self._pending = None
         return parts[0] if len(parts) == 1 else torch.add(*parts)
+
+    def _widen(self, rows: Tensor, axes: tuple[int, ...]) -> Tensor:
+        """Return the rows in the precision of their products; all axes but that of the columns are named."""
+        if rows.dtype == torch.float64 or self._wide:
+            return rows.to(torch.float64)
+        rows = rows.to(torch.float32)
+        if rows.device.type == "cpu" and rows.numel():
+            largest = torch.linalg.vector_norm(rows, math.inf, axes)
+            if bool(((largest > _LARGE) | ((largest > 0) & (largest < _SMALL))).any()):
+                return rows.to(torch.float64)
+        return rows
 
     def _add_half(self, gram: Tensor, part: Tensor) -> None:
         """Add the lower triangle of the outer products of at most CHUNK rows."""
@@ -215,10 +232,6 @@ def _no_tf32() -> Iterator[None]:
     finally:
         for backend, setting in zip(backends, before, strict=True):
             backend.fp32_precision = setting
-
-
-def _widen(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
 
 
 def _planes(layer: Convolution, inputs: Tensor) -> tuple[Tensor, tuple[_Axis, _Axis]]:

@@ -255,9 +255,9 @@ class HybridNetworks:
         settings = replace(self.settings, keep=None, widths=widths)
         context = replace(self.context, settings=settings, generator=generator)
         plan = Allocation(widths, self._lams())
-        work, nodes, seconds = prune_groups(context, plan)
+        work, nodes, seconds, conditions = prune_groups(context, plan)
         small = cut_network(context, work, nodes)
-        return small, nodes, lambda made: group_reports(context, plan, nodes, made, seconds)
+        return small, nodes, lambda made: group_reports(context, plan, nodes, made, seconds, conditions)
 
     def _fitted(self, start: Start) -> FittedNetworks:
         settings = self.settings

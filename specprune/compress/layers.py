@@ -122,7 +122,7 @@ class Positions:
     def rows(self, layer: Layer, outputs: Tensor) -> Tensor:
         """Return a tensor of the layer's output shape as one row for each of these positions: (rows, outputs)."""
         if isinstance(layer, nn.Linear):
-            return outputs.reshape(-1, outputs.shape[-1])
+            return _flat(outputs)
         flat = outputs.flatten(2)
         if self.index is not None:
             flat = torch.gather(flat, 2, self.index[:, None, :].expand(-1, flat.shape[1], -1))
@@ -157,7 +157,7 @@ def patch_rows(layer: Layer, inputs: Tensor, positions: Positions) -> Tensor:
         for a grouped convolution).
     """
     if isinstance(layer, nn.Linear):
-        return inputs.reshape(-1, inputs.shape[-1])
+        return _flat(inputs)
     padded, stride = _spread(layer, inputs) if isinstance(layer, _TRANSPOSED) else _padded(layer, inputs)
     spatial = len(stride)
     count, channels = padded.shape[:2]
@@ -195,8 +195,13 @@ def patch_rows(layer: Layer, inputs: Tensor, positions: Positions) -> Tensor:
 def channel_rows(layer: Layer, inputs: Tensor) -> Tensor:
     """Return the layer's input nodes, one row for every sample (and pixel): (rows, channels or features)."""
     if isinstance(layer, nn.Linear):
-        return inputs.reshape(-1, inputs.shape[-1])
+        return _flat(inputs)
     return inputs.movedim(1, -1).reshape(-1, inputs.shape[1])
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """Return the tensor as (rows, features); where there are no features, -1 would not tell the number of rows."""
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 def _paddings(layer: Convolution) -> list[tuple[int, int]]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from specprune._records import shortened
 from specprune.compress.layers import input_width
 from specprune.compress.low_rank_network import replace_layer
 from specprune.compress.low_rank_parts import FIRST_AXES, FactoredLayer, PartSizes, SlicedLinear, empty_layer, refusal
@@ -40,7 +41,7 @@ def check_foldings(header: Mapping[str, Any], label: str) -> dict[str, int]:
     found = header.get("low_rank", {})
     if not isinstance(found, dict) or not all(type(value) is int and value in FIRST_AXES for value in found.values()):
         raise ValueError(
-            f"{label}: the header says {found!r} of its low-rank layers, expected one of the foldings "
+            f"{label}: the header says {shortened(repr(found))} of its low-rank layers, expected one of the foldings "
             f"{tuple(FIRST_AXES)} for each; the file is damaged"
         )
     return found
@@ -53,7 +54,12 @@ def outermost(foldings: Mapping[str, int]) -> list[str]:
 
 def is_part(name: str, foldings: Mapping[str, int]) -> bool:
     """Return whether a module is inside a low-rank layer."""
-    return any(name != outer and (not outer or name.startswith(f"{outer}.")) for outer in foldings)
+    outer = name
+    while outer:
+        outer = outer.rpartition(".")[0]
+        if outer in foldings:
+            return True
+    return False
 
 
 def misfit(model: nn.Module, name: str, folding: int, label: str) -> str | None:

@@ -131,7 +131,7 @@ def _geometry(layer: nn.Conv2d, axes: tuple[int, ...]) -> dict[str, Any]:
 def refusal(module: nn.Module) -> str | None:
     """Return why a module cannot become a low-rank layer, or None if it can."""
     if is_layer(module):
-        return None
+        return None if module.get_parameter("weight").numel() else "it has no weights"
     if type(module) is nn.Conv2d:
         return f"it has groups={module.groups}: its weight is no matrix that reads all channels"
     return f"it is a {type(module).__name__}, only Linear and Conv2d with groups=1 are known"

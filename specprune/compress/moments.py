@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from specprune._files import load_arrays, save_arrays
+from specprune._records import shortened
 from specprune.compress.batches import CalibrationData, Forward, batch_size
-from specprune.compress.distributed import all_names, is_parallel, sum_over_processes
+from specprune.compress.distributed import all_names, check_same_call, is_parallel, sum_over_processes
 from specprune.compress.gram import GramSum, is_shiftable
 from specprune.compress.layers import (
     LEVELS,
@@ -27,8 +28,10 @@ from specprune.compress.layers import (
     layer_names,
     patch_rows,
 )
+from specprune.compress.out_of_memory import telling_what_to_lower
 
 FILE_KIND = "moments"
+_ROUNDINGS = 16  # of float64, that the variance of a constant may come to, beside those of its sum
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,18 @@ class LayerMoments:
             mean = self.mean()
             moment = moment - np.outer(mean, mean)
         return (moment + moment.T) / 2
+
+    def about_mean(self) -> Tensor:
+        """Return the (d, d) second moment about the mean, of products of float64, with zeros for what is constant.
+
+        A column that does not vary leaves rounding noise of about sqrt(rows) units of its mean square; what is fitted
+        to noise would be arbitrary.
+        """
+        mean, moment = self.total / self.rows, self.gram / self.rows
+        noise = (_ROUNDINGS + self.rows**0.5) * torch.finfo(moment.dtype).eps * moment.diagonal()
+        found = moment - torch.outer(mean, mean)
+        varies = (found.diagonal() > noise).to(found.dtype)
+        return found * torch.outer(varies, varies)
 
     def node_covariance(self, nodes: int) -> np.ndarray:
         """Return the (nodes, nodes) noncentred covariance, averaged over the columns that belong to one node.
@@ -148,30 +163,58 @@ class Moments(Mapping[str, LayerMoments]):
         layers = {}
         try:
             for index, (name, rows) in enumerate(zip(header["layers"], header["rows"], strict=True)):
-                total, gram = arrays[f"total{index}"], arrays[f"gram{index}"]
-                if gram.shape != (len(total), len(total)):
-                    raise ValueError(f"layer {name!r} has a {gram.shape} Gram matrix for {len(total)} columns")
-                layers[name] = LayerMoments(int(rows), torch.from_numpy(total), torch.from_numpy(gram))
-            return cls(layers, int(header["samples"]), str(header["level"]))
+                total, gram = arrays.pop(f"total{index}"), arrays.pop(f"gram{index}")
+                if type(name) is not str or name in layers:
+                    raise ValueError(f"the layer {name!r} has no name, or is there twice")
+                _check_sums(name, rows, total, gram)
+                layers[name] = LayerMoments(rows, torch.from_numpy(total), torch.from_numpy(gram))
+            samples, level = header["samples"], header["level"]
+            if arrays or type(samples) is not int or samples < 0 or level not in LEVELS:
+                raise ValueError(f"{samples!r} samples of level {level!r}, and {len(arrays)} arrays of no layer")
+            return cls(layers, samples, level)
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: a damaged moments file ({error})") from error
+            raise ValueError(f"{path}: a damaged moments file ({shortened(str(error))})") from error
+
+
+def _check_sums(name: str, rows: Any, total: np.ndarray, gram: np.ndarray) -> None:
+    """Refuse what no sum over rows can be."""
+    if total.ndim != 1 or gram.shape != (len(total), len(total)):
+        raise ValueError(f"layer {name!r} has a {gram.shape} Gram matrix for a total of shape {total.shape}")
+    if total.dtype != np.float64 or gram.dtype != np.float64 or type(rows) is not int or rows < 0:
+        raise ValueError(f"layer {name!r} has sums of {total.dtype} and {gram.dtype} over {rows!r} rows")
+    if not (np.isfinite(total).all() and np.isfinite(gram).all() and (gram.diagonal() >= 0).all()):
+        raise ValueError(f"layer {name!r} has sums that are not finite, or negative sums of squares")
 
 
 class _Collector:
     """A forward pre-hook that adds one layer's inputs to its sums, in a dictionary shared by all layers."""
 
     def __init__(
-        self, name: str, layer: Layer, level: str, positions: int | None, seed: int, into: dict[str, GramSum]
+        self,
+        name: str,
+        layer: Layer,
+        level: str,
+        positions: int | None,
+        seed: int,
+        into: dict[str, GramSum],
+        *,
+        wide: bool = False,
     ) -> None:
         self.name, self.layer, self.level, self.positions, self.into = name, layer, level, positions, into
+        self.wide = wide
         self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        advice = "give smaller batches, or fewer layers=" + (", or fewer positions=" if self.level == "patch" else "")
+        with telling_what_to_lower(f"collecting the moments of layer {self.name!r}", advice):
+            self._add(args, keywords)
+
+    def _add(self, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         inputs = args[0] if args else keywords["input"]
         if not isinstance(self.layer, nn.Linear) and inputs.dim() == self.layer.weight.dim() - 1:
             inputs = inputs[None]  # a convolution also takes one image without a batch axis
         if self.name not in self.into:
-            self.into[self.name] = GramSum(_columns(self.layer, self.level), inputs.device)
+            self.into[self.name] = GramSum(layer_columns(self.layer, self.level), inputs.device, wide=self.wide)
         sums = self.into[self.name]
         if self.level == "channel":
             if isinstance(self.layer, nn.Linear):
@@ -185,7 +228,8 @@ class _Collector:
             sums.add(patch_rows(self.layer, inputs, drawn))
 
 
-def _columns(layer: Layer, level: str) -> int:
+def layer_columns(layer: Layer, level: str) -> int:
+    """Return d, the number of columns of a layer's moments."""
     return input_width(layer) * (1 if level == "channel" else kernel_columns(layer))
 
 
@@ -202,11 +246,10 @@ def collection_bytes(model: nn.Module, layers: Sequence[str] | None = None, *, l
     """
     _check_level(level)
     names = list(layers) if layers is not None else layer_names(model)
-    columns = [_columns(get_layer(model, name), level) for name in names]
+    columns = [layer_columns(get_layer(model, name), level) for name in names]
     return sum(8 * d * (d + 1) for d in columns)
 
 
-@torch.no_grad()
 def collect_moments(
     model: nn.Module,
     batches: Iterable[Any] | CalibrationData,
@@ -223,15 +266,10 @@ def collect_moments(
 
     The rows of a float64 model are multiplied in float64, all others (also of half precision, or under autocast) in
     float32; the sums over rows are float64.  The error of a Gram entry is then about 1e-7 of sqrt(G_ii G_jj), at most
-    2e-6, see `GramSum`.  All positions of a convolution of stride 1 are taken by the shifts of its maps, without their
-    patches.
+    2e-6, see `GramSum`.  On the CPU, rows whose squares leave the range of float32 are multiplied in float64.  All
+    positions of a convolution of stride 1 are taken by the shifts of its maps, without their patches.
 
-    Memory does not depend on the number of batches.  The peak is the sum of: a copy of the model; the forward pass
-    itself; 8 d (d + 1) bytes for every layer of d columns (`collection_bytes`), where d is the number of features or
-    channels ("channel"), or channels times kernel size ("patch"); 4 d^2 more where d >= 128 on the CPU and the model
-    is not of float64; and, for the layer at work, one copy of its rows of the batch (4 or 8 bytes a number).  Where
-    the shifts are used, no rows are made; when the last batch is done, each Gram matrix exists twice, one after the
-    other.
+    Memory does not depend on the number of batches; `collection_ceiling` says for a batch how much it is at most.
 
     To go on in another job, save what is done and add the rest; the order of the parts does not matter:
 
@@ -255,19 +293,38 @@ def collect_moments(
         The moments by layer, in the order in which the layers ran.
 
     Raises:
-        ValueError: empty batches, unknown layers or level, or NaN or Inf in a layer's inputs (the layer is named).
+        ValueError: empty batches, unknown layers or level, NaN or Inf in a layer's inputs (the layer is named), or
+            another call, model or weights in another process of a data-parallel run.
         TypeError: batches that cannot be iterated twice.
         RuntimeError: another process of a data-parallel run died.
+        torch.OutOfMemoryError: naming the layer and what to lower.
     """
-    _check_level(level)
     data = batches if isinstance(batches, CalibrationData) else CalibrationData(batches, forward)
+    return moments_of(model, data, layers, level=level, positions=positions, seed=seed)
+
+
+@torch.no_grad()
+def moments_of(
+    model: nn.Module,
+    data: CalibrationData,
+    layers: Sequence[str] | None = None,
+    *,
+    level: str = "channel",
+    positions: int | None = None,
+    seed: int = 0,
+    wide: bool = False,
+) -> Moments:
+    """Return what `collect_moments` returns; with `wide`, all products are of float64, for moments to be centred."""
+    _check_level(level)
     work = copy.deepcopy(model).eval()
     check_finite_weights(work)
+    wanted = {"layers": None if layers is None else list(layers), "level": level, "positions": positions, "seed": seed}
+    check_same_call("collect_moments", wanted, work)
     names = list(layers) if layers is not None else layer_names(work)
     sums: dict[str, GramSum] = {}
     for index, name in enumerate(names):
         layer = get_layer(work, name)
-        collector = _Collector(name, layer, level, positions, seed + index, sums)
+        collector = _Collector(name, layer, level, positions, seed + index, sums, wide=wide)
         layer.register_forward_pre_hook(collector, with_kwargs=True)
     samples = 0
     for batch in data.passes(work, "collecting moments"):
@@ -280,11 +337,13 @@ def collect_moments(
     found: dict[str, LayerMoments] = {}
     for name in ran:
         layer, own = get_layer(work, name), sums.pop(name, None)
-        part = None if own is None else LayerMoments(own.rows, own.total, own.finish())
-        moments = found[name] = over_processes(part, _columns(layer, level), layer.weight.device)
+        with telling_what_to_lower(f"adding up the moments of layer {name!r}", "ask for fewer layers="):
+            part = None if own is None else LayerMoments(own.rows, own.total, own.finish())
+            moments = found[name] = over_processes(part, layer_columns(layer, level), layer.weight.device)
         if not bool(torch.isfinite(moments.gram.diagonal()).all()):
             raise ValueError(
-                f"NaN or Inf in the inputs of layer {name!r} or in their squares: check the data and earlier layers"
+                f"NaN or Inf in the inputs of layer {name!r} or in their squares: check the data and earlier layers; "
+                "if the numbers are merely huge, scale them down or run in float64"
             )
     return Moments(found, int(sum_over_processes(torch.tensor(samples))), level)
 

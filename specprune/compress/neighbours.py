@@ -65,6 +65,7 @@ def compress_to(
         if settings.distill_steps:
             distill(made.model, original, data, settings.distill_steps, settings.seed)
         check_finite_weights(made.model)
+        _check_finite_outputs(original, made.model, data, settings.method)
         report = PruneReport(
             groups=made.reports,
             layers=made.layers,
@@ -82,6 +83,19 @@ def compress_to(
         results.append(Pruned(made.model, report, made.groups, made.nodes))
         start = time.perf_counter()
     return results
+
+
+@torch.no_grad()
+def _check_finite_outputs(original: nn.Module, small: nn.Module, data: CalibrationData, method: str) -> None:
+    """Refuse a network that gives NaN or Inf where the original does not, on the first batch."""
+    batch = data.first()
+    if not bool(torch.isfinite(data.call(small, batch)).all()) and bool(
+        torch.isfinite(data.call(original, batch)).all()
+    ):
+        raise ValueError(
+            f"the network that method={method!r} made gives NaN or Inf where the original does not: the sizes of its "
+            "nodes or weights differ too much for this dtype; rescale the layers, or use float64"
+        )
 
 
 def _maker(model: nn.Module, data: CalibrationData, settings: Settings) -> Callable[[float], _Made]:

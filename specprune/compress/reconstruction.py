@@ -11,18 +11,22 @@ All of them act on a network of the old size in which the removed nodes' columns
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.linalg import lapack
 from torch import Tensor, nn
 
+from specprune.bounds.nodes import WeightedNodes
 from specprune.compress.batches import CalibrationData
 from specprune.compress.blocks import Item, definite_factor
 from specprune.compress.capture import capture
 from specprune.compress.layers import Layer, blocks, get_layer, patch_rows, set_weight_matrix, weight_matrix
 from specprune.compress.moments import LayerMoments, over_processes
+from specprune.compress.out_of_memory import telling_what_to_lower
 from specprune.compress.surgery import Group, input_columns
 from specprune.compress.targets import Targets, inverse_gain, norm_gain
 
@@ -66,7 +70,12 @@ def fold_node_mix(weight: Tensor, mix: np.ndarray) -> Tensor:
 
 
 def least_squares(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
-    """Return the ridge regression from second moments: W = C^T (K + ridge (Tr K / d) I)^-1.
+    """Return the ridge regression from second moments: W = C^T (K + ridge (Tr K / d) I)^-1; see `solve`."""
+    return solve(gram, cross, ridge)[0]
+
+
+def solve(gram: Tensor, cross: Tensor, ridge: float) -> tuple[Tensor, float]:
+    """Return the ridge regression W = C^T (K + ridge (Tr K / d) I)^-1, and how well its system is conditioned.
 
     Args:
         gram: (d, d) second moment K of the regressors.
@@ -74,16 +83,32 @@ def least_squares(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
         ridge: relative ridge, >= 0.
 
     Returns:
-        (o, d) float64 weights; of least norm where the regressors are collinear and there is no ridge.
+        (o, d) float64 weights, of least norm where the regressors are collinear and there is no ridge; and the
+        condition number of the system: with a ridge LAPACK's estimate in the 1-norm (dpocon, from the Cholesky factor),
+        else the ratio of the largest eigenvalue to the smallest that is kept; 1 if all inputs are zero.
     """
     size = len(gram)
+    if size == 0:  # a layer without inputs
+        return cross.T, 1.0
     damping = ridge * max(float(gram.trace()) / size, 0.0)
     system = gram + damping * torch.eye(size, dtype=gram.dtype, device=gram.device)
     if damping > 0:
-        return torch.cholesky_solve(cross, definite_factor(system)).T
+        factor = definite_factor(system)
+        return torch.cholesky_solve(cross, factor).T, condition_number(system, factor)
     values, vectors = torch.linalg.eigh(system)
     kept = values > size * torch.finfo(gram.dtype).eps * values[-1].clamp_min(0)  # none, if all inputs are zero
-    return ((vectors[:, kept] / values[kept]) @ (vectors[:, kept].T @ cross)).T
+    used = values[kept]
+    condition = float(used[-1] / used[0]) if len(used) else 1.0
+    return ((vectors[:, kept] / used) @ (vectors[:, kept].T @ cross)).T, condition
+
+
+def condition_number(matrix: Tensor, factor: Tensor) -> float:
+    """Return LAPACK's estimate (dpocon) of a matrix's condition number in the 1-norm, from its Cholesky factor."""
+    norm = float(torch.linalg.matrix_norm(matrix, 1))
+    reciprocal, info = lapack.dpocon(factor.T.cpu().numpy(), norm, uplo="U")
+    if info != 0:
+        raise ValueError(f"LAPACK dpocon refused its argument {-info}")
+    return 1.0 / reciprocal if reciprocal > 0 else math.inf
 
 
 def problem_from_moments(model: nn.Module, name: str, moments: LayerMoments, *, intercept: bool) -> Problem:
@@ -98,9 +123,7 @@ def problem_from_moments(model: nn.Module, name: str, moments: LayerMoments, *, 
     layer = get_layer(model, name)
     weight = weight_matrix(layer).to(torch.float64)
     mean = moments.total / moments.rows
-    gram = moments.gram / moments.rows
-    if intercept:
-        gram = gram - torch.outer(mean, mean)
+    gram = moments.about_mean() if intercept else moments.gram / moments.rows
     parts = blocks(layer)
     cross = torch.cat([gram[:, columns] @ weight[outputs].T for outputs, columns in parts], 1)
     energy = torch.cat([((weight[o] @ gram[c][:, c]) * weight[o]).sum(1) for o, c in parts])
@@ -137,11 +160,12 @@ def collect_problems(
             layer = get_layer(work, name)
             drawn, target = wanted[name]
             shortcut = now[name].shortcut
-            if name in closing and shortcut is not None:
-                target = target - drawn.rows(layer, shortcut) * inverse_gain(work, norms.get(name), target)
-            rows = torch.cat([patch_rows(layer, now[name].inputs, drawn), target], 1)
-            moments = LayerMoments.of(rows)
-            sums[name] = sums[name] + moments if name in sums else moments
+            with telling_what_to_lower(f"refitting layer {name!r}", "give smaller batches or fewer positions="):
+                if name in closing and shortcut is not None:
+                    target = target - drawn.rows(layer, shortcut) * inverse_gain(work, norms.get(name), target)
+                rows = torch.cat([patch_rows(layer, now[name].inputs, drawn), target], 1)
+                moments = LayerMoments.of(rows)
+                sums[name] = sums[name] + moments if name in sums else moments
     problems = {}
     for name in names:
         layer = get_layer(work, name)
@@ -150,9 +174,7 @@ def collect_problems(
             raise ValueError(f"NaN or Inf in the inputs of layer {name!r} while refitting it")
         intercept = layer.bias is not None or name in norms
         mean = moments.total / moments.rows
-        joint = moments.gram / moments.rows
-        if intercept:
-            joint = joint - torch.outer(mean, mean)
+        joint = moments.about_mean() if intercept else moments.gram / moments.rows
         columns, _ = _sizes(layer)
         problems[name] = Problem(
             name, mean, joint[:columns, :columns], joint[:columns, columns:], joint.diagonal()[columns:], intercept
@@ -202,7 +224,7 @@ def selection_items(
 @torch.no_grad()
 def refit(
     work: nn.Module, problem: Problem, kept_inputs: np.ndarray, norm: str | None, ridge: float, before: nn.Module
-) -> None:
+) -> float:
     """Solve a consumer's problem on the kept inputs and write the solution into the network, in place.
 
     The intercept goes into the layer's bias, or into the running mean of the batch norm that follows it directly; where
@@ -215,20 +237,40 @@ def refit(
         norm: the batch norm that reads the consumer's outputs directly, if there is one.
         ridge: relative ridge.
         before: the original network, whose bias or running mean the intercept starts from.
+
+    Returns:
+        The condition number of the least squares system, see `solve`; the largest of those of a grouped convolution.
+
+    Raises:
+        ValueError: the solution leaves the range of the network's dtype.
     """
     layer = get_layer(work, problem.layer)
     matrix = torch.zeros_like(weight_matrix(layer), dtype=torch.float64)
     width = problem.gram.shape[0]
     kept = np.sort(input_columns(layer, kept_inputs))
     shift = problem.mean[width:].clone()
+    condition = 1.0
     for outputs, part in blocks(layer):
         inside = torch.as_tensor(kept[(kept >= part.start) & (kept < part.stop)], device=problem.gram.device)
         gram, cross = problem.gram[inside][:, inside], problem.cross[inside][:, outputs]
-        solution = least_squares(gram, cross, ridge)
+        solution, own = solve(gram, cross, ridge)
+        condition = max(condition, own)
         shift[outputs] -= solution @ problem.mean[inside]
         matrix[outputs.start : outputs.stop, inside - part.start] = solution.to(matrix.device)
+    _check_range(problem.layer, layer, matrix, shift)
     set_weight_matrix(layer, matrix.to(layer.weight.dtype))
     shift_constant(work, problem, shift, layer.bias, norm, before)
+    return condition
+
+
+def _check_range(name: str, layer: Layer, *found: Tensor) -> None:
+    """Refuse weights and constants that the layer's dtype cannot hold."""
+    if not all(bool(torch.isfinite(part.to(layer.weight.dtype)).all()) for part in found):
+        raise ValueError(
+            f"the refitted weights of layer {name!r} leave the range of {layer.weight.dtype}: the nodes that it keeps "
+            "are too small, or its outputs too large; leave out its group with widths={...}, rescale the nodes, or "
+            "prune in float64"
+        )
 
 
 @torch.no_grad()
@@ -252,6 +294,12 @@ def shift_constant(
     elif norm is not None:
         mean = work.get_submodule(norm).get_buffer("running_mean")
         mean.copy_((before.get_submodule(norm).get_buffer("running_mean") - shift.to(mean.device)).to(mean.dtype))
+
+
+def mix_condition(covariance: np.ndarray, nodes: WeightedNodes, lam: float) -> float:
+    """Return the condition number of S_JJ + I_tau, which the node mix is solved from, as `condition_number` has it."""
+    block = torch.from_numpy(covariance[np.ix_(nodes.indices, nodes.indices)] + np.diag(lam / nodes.weights))
+    return condition_number(block, definite_factor(block))
 
 
 @torch.no_grad()
@@ -279,4 +327,5 @@ def fold_nodes(
         new[outputs.start : outputs.stop, place[torch.as_tensor(kept)].flatten()] = fold_node_mix(
             old[outputs][:, place], mix
         ).flatten(1)
+    _check_range(name, after, new)
     set_weight_matrix(after, new)

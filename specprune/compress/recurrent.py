@@ -184,10 +184,7 @@ def recurrent_item(weight: Tensor, moments: LayerMoments, *, intercept: bool) ->
         moments: of the nodes.
         intercept: whether the layer has a bias, so that constants are free.
     """
-    gram = moments.gram / moments.rows
-    if intercept:
-        mean = moments.total / moments.rows
-        gram = gram - torch.outer(mean, mean)
+    gram = moments.about_mean() if intercept else moments.gram / moments.rows
     cross = gram @ weight.detach().to(gram).T
     energy = float((weight.detach().to(gram).T * cross).sum())
     return Item(gram, cross / energy**0.5 if energy > 0 else cross, np.arange(len(gram))[:, None])

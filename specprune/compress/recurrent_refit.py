@@ -214,9 +214,7 @@ def _regressed(plain: Affine, before: Any, nodes: Tensor, moments: LayerMoments,
 def _regression(moments: LayerMoments, columns: int, ridge: float, *, intercept: bool) -> tuple[Tensor, Tensor]:
     """Return weights and constants of the rows' last columns on their first ones."""
     mean = moments.total / moments.rows
-    joint = moments.gram / moments.rows
-    if intercept:
-        joint = joint - torch.outer(mean, mean)
+    joint = moments.about_mean() if intercept else moments.gram / moments.rows
     solution = least_squares(joint[:columns, :columns], joint[:columns, columns:], ridge)
     return solution, mean[columns:] - solution @ mean[:columns]
 

@@ -34,6 +34,11 @@ class GroupReport:
         input_loss: L_A(J) / Tr Sigma.
         output_loss: L_B(J) / Tr Z Sigma Z^T.
         output_bound: ceiling on it, c lambda ||Z||_F^2 / Tr Z Sigma Z^T; the theorem has 4 in place of c.
+        condition: condition number of what the reconstruction solved for the group's readers, the largest of them: of
+            the second moment of all that a reader still reads, ridge included (about its mean where it has a constant),
+            or, with "channel", of S_JJ + I_tau.  An estimate in the 1-norm (LAPACK dpocon); without any ridge, the
+            ratio of the largest to the smallest eigenvalue that counts.  None where nothing was solved (nothing cut
+            before the readers, "none"), and for the refits of recurrent layers.
         flops_before: FLOPs of the group's own layer for one sample, before.
         flops_after: the same, after.
         params_before: parameters of the group's own layer and its batch norms, before.
@@ -53,6 +58,7 @@ class GroupReport:
     input_loss: float
     output_loss: float
     output_bound: float
+    condition: float | None
     flops_before: int
     flops_after: int
     params_before: int
@@ -73,6 +79,7 @@ _COLUMNS = (
     "input_loss",
     "output_loss",
     "output_bound",
+    "condition",
     "flops_before",
     "flops_after",
     "params_before",
@@ -92,6 +99,7 @@ _LATEX_COLUMNS = {
     "input_loss": "input loss",
     "output_loss": "output loss",
     "output_bound": "its ceiling",
+    "condition": "condition",
 }
 
 

@@ -148,8 +148,8 @@ def largest_shares(rows: Tensor, weight: Tensor, columns: np.ndarray) -> Tensor:
             if bool((below > 0).any()):  # not after a ReLU
                 own += below @ (-sign * weights).clamp_min(0)
             whole = own.sum(0)
-            inverse = torch.where(whole > 0, 1 / whole, 0.0)
-            best = torch.maximum(best, (own * inverse).amax(1))
+            # Not times 1 / whole, which is infinite for subnormal sums.
+            best = torch.maximum(best, (own / torch.where(whole > 0, whole, 1.0)).amax(1))
     return best.clamp_max(1.0)
 
 

@@ -127,7 +127,9 @@ def sparsify_by_sampling(
     check_finite_weights(model)
     data = batches if isinstance(batches, CalibrationData) else CalibrationData(batches, forward)
     work = copy.deepcopy(model).eval()
-    names = [name for name in layer_names(work) if is_layer(work.get_submodule(name))]
+    names = [
+        name for name in layer_names(work) if is_layer(get_layer(work, name)) and get_layer(work, name).weight.numel()
+    ]
     found = weight_sensitivities(work, names, data)
     if not found:
         raise ValueError(f"{type(model).__name__} runs no Linear and no Conv2d with groups=1: nothing to sparsify")

@@ -21,12 +21,12 @@ from specprune.compress.batches import CalibrationData, Forward
 from specprune.compress.context import Context, make_context, propose_units
 from specprune.compress.cost import count_flops, count_params, group_params, module_flops
 from specprune.compress.distillation import distill
-from specprune.compress.distributed import check_same_weights, decided_by_first, first_of, share_weights
+from specprune.compress.distributed import check_same_call, decided_by_first, first_of, share_weights
 from specprune.compress.groups import agreement_error, check_batches, find_groups
 from specprune.compress.latency import measure_latency
 from specprune.compress.moments import Moments, check_finite_weights
 from specprune.compress.planning import make_plan, predicted_curves
-from specprune.compress.reconstruction import Problem, collect_problems, fold_nodes, refit
+from specprune.compress.reconstruction import Problem, collect_problems, fold_nodes, mix_condition, refit
 from specprune.compress.recurrent_refit import refit_recurrent, refit_recurrent_inputs
 from specprune.compress.report import GroupReport, Pruned, PruneReport
 from specprune.compress.selection import NodeStatistics, information_losses
@@ -55,7 +55,7 @@ def prune_to(
     if moments is not None and not isinstance(moments, Moments):
         raise TypeError(f"moments is a {type(moments).__name__}, expected Moments from collect_moments")
     check_finite_weights(model)
-    check_same_weights(model)
+    check_same_call("prune", _compared(keeps, settings, moments, scores, latency), model)
     data = batches if isinstance(batches, CalibrationData) else CalibrationData(batches, forward)
     common = make_context(model, data, find_groups(model, data), settings, moments, scores)
     curves = predicted_curves(common) if any(keep != 1.0 for keep in keeps) else {}
@@ -64,7 +64,7 @@ def prune_to(
         generator = np.random.default_rng(settings.seed)
         context = replace(common, settings=replace(settings, keep=keep), generator=generator)
         plan = first_of(make_plan(context, curves))
-        work, chosen, seconds = prune_groups(context, plan)
+        work, chosen, seconds, conditions = prune_groups(context, plan)
         small = cut_network(context, work, chosen)
         if settings.distill_steps:
             distill(small, context.original, data, settings.distill_steps, settings.seed)
@@ -72,7 +72,7 @@ def prune_to(
         check_finite_weights(small)
         times = decided_by_first(partial(measure_latency, context.original, small, data)) if latency else ()
         report = PruneReport(
-            groups=group_reports(context, plan, chosen, small, seconds),
+            groups=group_reports(context, plan, chosen, small, seconds, conditions),
             layers=(),
             skipped=context.structure.skipped,
             settings=asdict(context.settings),
@@ -90,16 +90,47 @@ def prune_to(
     return results
 
 
-def prune_groups(context: Context, plan: Allocation) -> tuple[nn.Module, dict[str, WeightedNodes], dict[str, float]]:
+def _compared(
+    keeps: Sequence[float | None],
+    settings: Settings,
+    moments: Moments | None,
+    scores: Mapping[str, np.ndarray] | None,
+    latency: bool,
+) -> dict[str, Any]:
+    """Return what must agree in all processes of a parallel run; of arrays, which may differ by rounding, the outlines.
+
+    The scores themselves are not compared, because those of process 0 decide.
+    """
+    outline = None
+    if moments is not None:
+        outline = (moments.level, moments.samples, [(name, entry.rows) for name, entry in moments.items()])
+    chosen = {key: value for key, value in asdict(settings).items() if key != "keep"}
+    if settings.widths is not None:
+        chosen["widths"] = {name: int(width) for name, width in settings.widths.items()}
+    names = None if scores is None else sorted(scores)
+    return {
+        "keep": [k if k is None else float(k) for k in keeps],
+        **chosen,
+        "moments": outline,
+        "scores": names,
+        "latency": latency,
+    }
+
+
+def prune_groups(
+    context: Context, plan: Allocation
+) -> tuple[nn.Module, dict[str, WeightedNodes], dict[str, float], dict[str, float]]:
     """Settle the groups and refit their consumers, in the order in which the consumers run.
 
-    Returns the network of the old size with zeroed columns, the kept units, and each group's seconds.
+    Returns the network of the old size with zeroed columns, the kept units, each group's seconds, and the largest
+    condition number of the systems solved for its readers, where there were any.
     """
     settings, groups, original = context.settings, context.structure.groups, context.original
     work = copy.deepcopy(original)
     chosen: dict[str, WeightedNodes] = {}
     kept: dict[str, np.ndarray] = {}
     seconds = dict.fromkeys((group.name for group in groups), 0.0)
+    conditions: dict[str, float] = {}
     sequential = settings.reconstruction == "sequential"
     changed = False
     for name in context.steps:
@@ -139,13 +170,17 @@ def prune_groups(context: Context, plan: Allocation) -> tuple[nn.Module, dict[st
             if settings.reconstruction == "channel":
                 for group in readers:
                     nodes, lam = chosen[group.name], plan.lams[group.name]
-                    mix = reconstruction_matrix(context.statistics[group.name].covariance, nodes, lam)
+                    covariance = context.statistics[group.name].covariance
+                    mix = reconstruction_matrix(covariance, nodes, lam)
                     fold_nodes(original, work, group, name, nodes.indices, mix)
+                    conditions[group.name] = mix_condition(covariance, nodes, lam)
             else:
-                refit(work, problems[name], left, context.norms.get(name), settings.ridge, original)
+                own = refit(work, problems[name], left, context.norms.get(name), settings.ridge, original)
+                for group in readers:
+                    conditions[group.name] = max(own, conditions.get(group.name, 1.0))
         for group in readers:
             seconds[group.name] += (time.perf_counter() - begin) / len(readers)
-    return work, chosen, seconds
+    return work, chosen, seconds, conditions
 
 
 def _refit_recurrent(
@@ -219,6 +254,7 @@ def group_reports(
     chosen: Mapping[str, WeightedNodes],
     small: nn.Module,
     seconds: Mapping[str, float],
+    conditions: Mapping[str, float],
 ) -> tuple[GroupReport, ...]:
     """Return what happened to each group.
 
@@ -228,6 +264,7 @@ def group_reports(
         chosen: the kept nodes.
         small: the network without the others.
         seconds: time spent on each group.
+        conditions: largest condition number of the systems solved for each group's readers.
     """
     original = context.original
     flops = module_flops(original, context.data), module_flops(small, context.data)
@@ -243,6 +280,7 @@ def group_reports(
                 flops=(own[0], own[1]),
                 params=(group_params(original, group), group_params(small, group)),
                 seconds=seconds[group.name],
+                condition=conditions.get(group.name),
             )
         )
     return tuple(rows)
@@ -262,6 +300,7 @@ def _group_report(
     flops: tuple[int, int],
     params: tuple[int, int],
     seconds: float,
+    condition: float | None,
 ) -> GroupReport:
     spectrum = statistics.spectrum
     if len(nodes.indices) == group.width:  # in closed form: the difference of matrices would be rounding noise
@@ -285,6 +324,7 @@ def _group_report(
         input_loss=input_loss,
         output_loss=output_loss,
         output_bound=bound if len(nodes.indices) < group.width else output_loss,
+        condition=condition,
         flops_before=flops[0],
         flops_after=flops[1],
         params_before=params[0],

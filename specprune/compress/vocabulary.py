@@ -132,7 +132,7 @@ class IntegerNetwork:
         mirror: whether the class scores of the image and of its mirror image are added.
         layers: 1 to 16 of them; the class scores are the sums over all positions of the last one's outputs.
         weights: int64, of shape `weight_shape`, one array for each layer that owns weights, in order; read-only.
-        features: "pixels", or "edges" for the fixed maps of `specprune.compress.front_ends`, for 3 channels only.
+        features: "pixels", or "edges" for the fixed maps of ``specprune.compress.front_ends``, for 3 channels only.
 
     Raises:
         ValueError: the layers do not fit together, a weight is beyond its layer's levels, or a limit is exceeded.

@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from specprune import __version__
-from specprune._files import atomic_write
-from specprune._records import to_json
+from specprune._files import atomic_write, lock_folder
+from specprune._records import shortened, to_json
 from specprune.figures.data_files import read_record, write_record
 from specprune.figures.registry import FIGURES, NETWORK, GalleryFigure
 from specprune.figures.setting import Conditions, FigureSetting, Parts
@@ -61,7 +61,7 @@ def make_figures(
 
     Raises:
         ValueError: an unknown name or format, a figure that needs a network without one, or a network that pruning or
-            the bounds refuse.
+            the bounds refuse; another run is at work in the folder.
     """
     unknown = [form for form in formats if form not in FORMATS]
     if unknown or not formats:
@@ -77,11 +77,13 @@ def make_figures(
         sources.append(setting if figure.needs == NETWORK and setting is not None else conditions)
     folder, paths = Path(out), []
     pairs = zip(chosen, sources, strict=True)
-    for figure, source in tqdm(pairs, total=len(chosen), desc="figures", disable=None, leave=False):
-        path = folder / f"{figure.name}.json"
-        _provide(figure, source, path, command)
-        paths += [path, *redraw(path, formats)]
-        logger.info("figure %s: drawn beside %s", figure.name, path)
+    with lock_folder(folder):
+        for figure, source in tqdm(pairs, total=len(chosen), desc="figures", disable=None, leave=False):
+            path = folder / f"{figure.name}.json"
+            _provide(figure, source, path, command)
+            record = read_record(path)
+            paths += [path, *save_figure(figure.draw(record["data"]), path.with_suffix(""), formats)]
+            logger.info("figure %s: drawn beside %s", figure.name, path)
     return paths
 
 
@@ -101,7 +103,12 @@ def redraw(path: str | os.PathLike[str], formats: Sequence[str] = tuple(FORMATS)
     """
     source = Path(path)
     record = read_record(source)
-    figure = _find(record["figure"]).draw(record["data"])
+    entry = _find(record["figure"])
+    try:
+        figure = entry.draw(record["data"])
+    except Exception as error:  # data that no `compute` returned may fail anywhere
+        reason = shortened(f"{type(error).__name__}: {error}")
+        raise ValueError(f"{source}: not the data of the figure {entry.name!r} ({reason}); make it again") from error
     return save_figure(figure, source.with_suffix(""), formats)
 
 
@@ -125,7 +132,7 @@ def save_figure(figure: Figure, stem: str | os.PathLike[str], formats: Sequence[
 
 def _find(name: Any) -> GalleryFigure:
     if name not in FIGURES:
-        raise ValueError(f"unknown figure {name!r}: expected one of {', '.join(FIGURES)}")
+        raise ValueError(f"unknown figure {shortened(repr(name))}: expected one of {', '.join(FIGURES)}")
     return FIGURES[name]
 
 

@@ -20,6 +20,8 @@ from specprune.figures import (
     degrees_of_freedom,
     double_descent,
     eigenvalue_decay,
+    measure_ranking,
+    measure_scatter,
     selection_rules,
     spectrum_samples,
     uncompressed,
@@ -120,6 +122,8 @@ FIGURES: dict[str, GalleryFigure] = {
         _of_module(bound_bars, TIGHTNESS, "every bound on one network and its pruned version"),
         _of_module(bound_trends, TIGHTNESS, "bounds against samples, width, depth, label noise and pruning", NOTHING),
         _of_module(certificate_path, CERTIFICATE, "certificates along the pruning path", NOTHING, True),
+        _of_module(measure_ranking, MEASURES, "measures ranked by how well they predict the gap", NOTHING, True),
+        _of_module(measure_scatter, MEASURES, "generalization gap against four measures", NOTHING, True),
     )
 }
 

@@ -101,6 +101,7 @@ GROUPS = (
     Column("input_loss", "input loss", "share of the nodes' energy that is lost"),
     Column("output_loss", "output loss", "share of what the next layer reads of them that is lost"),
     Column("output_bound", "output bound", "ceiling on the output loss"),
+    Column("condition", "condition", "condition number of the system that the refit of the readers solved"),
     Column("flops_before", "FLOPs before", "of the layer that makes the nodes, for one sample"),
     Column("flops_after", "FLOPs after", "the same, after"),
     Column("params_before", "params before", "parameters of that layer and its batch norms"),

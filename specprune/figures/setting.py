@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specprune._files import write_text
+from specprune._files import read_json, write_text
 from specprune._records import to_json
 from specprune.analysis import Spectra, Tradeoff, layer_spectra, tradeoff
 from specprune.analysis.tradeoff import KEEP_GRID
@@ -170,7 +170,7 @@ class Parts:
         path = self.folder / f"{name}.json"
         if not path.is_file():
             write_text(path, to_json(compute()) + "\n")
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path, f"a part of a figure; delete {path.parent.name} to make it again")
 
 
 def _tensor_bytes(tensors: Iterable[Tensor]) -> Iterable[bytes]:

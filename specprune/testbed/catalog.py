@@ -74,6 +74,7 @@ def _idx_source(name: str, hashes: tuple[str, str, str, str], mirrors: tuple[str
     return Source(name, (1, 28, 28), 10, 60000, 10000, "idx", files, downloads=downloads, mirrors=mirrors)
 
 
+#: All data sets by name.
 CATALOG: dict[str, Source] = {
     "digits": Source("digits", (1, 8, 8), 10, 1400, 397, "csv", ("digits.csv",)),
     "mnist": _idx_source(

@@ -17,13 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from specprune._files import DEFLATE_RATIO, most_packed
 from specprune.testbed.catalog import Source, data_places, find_source
 
 logger = logging.getLogger(__name__)
 
 _CHUNK = 1 << 20
-# Deflate stores at most 258 bytes in 2 bits, so a gzip file never holds more than 1032 times its length.
-_MOST_GZIP_RATIO = 1032
 _MOST_DIMENSIONS = 4
 _CIFAR_RECORD = 1 + 3 * 32 * 32
 # Of average difficulty: one network errs on 1 % to 5 % of the test part, depending on this seed.
@@ -336,7 +335,9 @@ def read_idx(path: str | os.PathLike[str], shape: tuple[int, ...] | None = None)
             held = target.stat().st_size
             header_size = len(magic) + len(lengths)
             # Before anything of the promised size is made: can a file of this length hold it at all?
-            if (promised > held * _MOST_GZIP_RATIO) if packed else (held != header_size + promised):
+            # And is it so long that what follows has no end, such as a gzip file filled up with zeros?
+            fits = promised <= held * DEFLATE_RATIO and held <= most_packed(header_size + promised)
+            if not (fits if packed else held == header_size + promised):
                 raise ValueError(
                     f"{target}: header says {_describe(found)}, {header_size + promised} bytes with the header; "
                     f"found a file of {held} bytes"
@@ -383,10 +384,11 @@ def read_cifar_binary(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndar
 def _read_cifar_set(source: Source, folder: Path) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     parts = []
     for path in _paths(source, folder):
+        expected, size = source.file_bytes // _CIFAR_RECORD, path.stat().st_size
+        if size != source.file_bytes:  # before anything of that size is made
+            found = f"{size / _CIFAR_RECORD:.12g}"
+            raise ValueError(f"{path}: expected {expected} records of {_CIFAR_RECORD} bytes, found {found}")
         images, labels = read_cifar_binary(path)
-        expected = source.file_bytes // _CIFAR_RECORD
-        if len(labels) != expected:
-            raise ValueError(f"{path}: expected {expected} records of {_CIFAR_RECORD} bytes, found {len(labels)}")
         parts.append((images, labels))
     train = np.concatenate([images for images, _ in parts[:-1]]), np.concatenate([labels for _, labels in parts[:-1]])
     return _tensors(*train), _tensors(*parts[-1])

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-from specprune._files import atomic_write
+from specprune._files import atomic_write, lock_folder, most_packed
 from specprune.testbed.catalog import RemoteFile, Source, cache_folder, find_source
 
 logger = logging.getLogger(__name__)
@@ -26,8 +26,6 @@ logger = logging.getLogger(__name__)
 _CHUNK = 1 << 18
 _TIMEOUT_SECONDS = 30.0
 _TRIES = 3
-# gzip adds a header and a few bytes a block: what does not compress grows by less than this plus a thousandth.
-_GZIP_ALLOWANCE = 1 << 16
 
 
 def download_dataset(
@@ -52,7 +50,8 @@ def download_dataset(
         The folder that holds the files.
 
     Raises:
-        ValueError: the name is unknown, the set needs no download, or an address is not http or https.
+        ValueError: the name is unknown, the set needs no download, an address is not http or https, or another
+            download is at work in the folder.
         ConnectionError: no mirror gave a right file; the message has each mirror's reason.
     """
     source = find_source(name)
@@ -62,17 +61,17 @@ def download_dataset(
     if not bases or not all(base.startswith(("http://", "https://")) for base in bases):
         raise ValueError(f"mirrors {bases}: expected at least one address, each starting with http:// or https://")
     folder = (Path(data_dir).expanduser() if data_dir is not None else cache_folder()) / name
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in source.downloads:
-        if _is_there(source, file, folder):
-            logger.info("%s: %s is there and right", name, file.name)
-            continue
-        part = _obtain(file, bases, folder, progress)
-        if file.archive:
-            _extract(part, source, folder)
-            part.unlink()
-        else:
-            os.replace(part, folder / file.name)
+    with lock_folder(folder):
+        for file in source.downloads:
+            if _is_there(source, file, folder):
+                logger.info("%s: %s is there and right", name, file.name)
+                continue
+            part = _obtain(file, bases, folder, progress)
+            if file.archive:
+                _extract(part, source, folder)
+                part.unlink()
+            else:
+                os.replace(part, folder / file.name)
     return folder
 
 
@@ -93,6 +92,8 @@ def _is_there(source: Source, file: RemoteFile, folder: Path) -> bool:
 def _obtain(file: RemoteFile, bases: Sequence[str], folder: Path, progress: bool) -> Path:
     """Return the path of the complete and right NAME.part, from the first mirror that gives it."""
     part = folder / f"{file.name}.part"
+    if part.is_symlink() or (part.exists() and not part.is_file()):  # writing would go elsewhere, or wait for ever
+        raise ValueError(f"{part}: is not a regular file; remove it")
     if part.is_file() and _find_fault(part, file) is None:
         return part
     reasons = []
@@ -143,7 +144,7 @@ def _transfer(url: str, file: RemoteFile, part: Path, start: int, progress: bool
             start = 0
         _check_range(response, start)
         length = response.headers.get("Content-Length")
-        total = start + int(length) if length and length.isdigit() else None
+        total = start + int(length) if length and length.isascii() and length.isdigit() and len(length) < 20 else None
         most = _most_bytes(file)
         if total is not None and total > most:
             raise ConnectionError(f"offers {total} bytes, expected at most {most}")
@@ -180,13 +181,15 @@ def _check_range(response: http.client.HTTPResponse, start: int) -> None:
 
 
 def _most_bytes(file: RemoteFile) -> int:
-    return file.size if file.archive else file.size + file.size // 1000 + _GZIP_ALLOWANCE
+    return file.size if file.archive else most_packed(file.size)
 
 
 def _find_fault(path: Path, file: RemoteFile) -> str | None:
     """Return None where the content's length and SHA-256 are right, else what is wrong with it."""
     packed = not file.archive and path.name != file.name.removesuffix(".gz")
     digest, size = hashlib.sha256(), 0
+    if packed and path.stat().st_size > most_packed(file.size):  # zeros behind a gzip file would be read to their end
+        return f"expected at most {most_packed(file.size)} bytes, found {path.stat().st_size}"
     try:
         with gzip.open(path, "rb") if packed else open(path, "rb") as stream:
             while chunk := stream.read(min(_CHUNK, file.size + 1 - size)):
@@ -204,16 +207,19 @@ def _find_fault(path: Path, file: RemoteFile) -> str | None:
 def _extract(archive: Path, source: Source, folder: Path) -> None:
     """Write the data files of a checked archive into the folder; names in the archive choose no path."""
     wanted = set(source.files)
-    with tarfile.open(archive, "r:gz") as packed:
-        for member in packed:
-            name = PurePosixPath(member.name).name
-            if name not in wanted or not member.isreg():
-                continue
-            content = packed.extractfile(member)
-            if content is None or member.size != source.file_bytes:
-                raise ValueError(f"{archive}: {member.name} has {member.size} bytes, expected {source.file_bytes}")
-            with content, atomic_write(folder / name) as stream:
-                shutil.copyfileobj(content, stream, _CHUNK)
-            wanted.remove(name)
+    try:
+        with tarfile.open(archive, "r:gz") as packed:
+            for member in packed:
+                name = PurePosixPath(member.name).name
+                if name not in wanted or not member.isreg():
+                    continue
+                content = packed.extractfile(member)
+                if content is None or member.size != source.file_bytes:
+                    raise ValueError(f"{archive}: {name} has {member.size} bytes, expected {source.file_bytes}")
+                with content, atomic_write(folder / name) as stream:
+                    shutil.copyfileobj(content, stream, _CHUNK)
+                wanted.remove(name)
+    except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{archive}: damaged archive ({error})") from error
     if wanted:
         raise ValueError(f"{archive}: lacks {', '.join(sorted(wanted))}")

@@ -17,6 +17,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from specprune._files import load_arrays, save_arrays
+from specprune._records import shortened
 from specprune.testbed.datasets import Dataset, randomize_labels
 from specprune.testbed.networks import TaskShape, build_network
 
@@ -26,6 +27,8 @@ _KIND = "trained network"
 _OPTIMIZERS = ("adam", "sgd")
 _MOMENTUM = 0.9
 _WARM_UP = 0.2
+# The tensors that a network has at least for each width in its name.
+_TENSORS_A_WIDTH = {"mlp": 2, "vgg": 6, "resnet": 24}
 
 
 @dataclass(frozen=True)
@@ -301,19 +304,54 @@ def load_checkpoint(path: str | os.PathLike[str]) -> TrainedNetwork:
     arrays, header = load_arrays(path, _KIND)
     try:
         return _rebuild(arrays, header)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(
-            f"{os.fspath(path)}: not a usable {_KIND}: {error}; expected a file written by save_checkpoint"
+            f"{os.fspath(path)}: not a usable {_KIND}: {shortened(str(error))}; expected a file written by "
+            "save_checkpoint"
         ) from error
 
 
 def _rebuild(arrays: Mapping[str, np.ndarray], header: Mapping[str, Any]) -> TrainedNetwork:
-    recipe = Recipe(**header["recipe"])
-    channels, height, width = (int(size) for size in header["input_shape"])
-    task = TaskShape((channels, height, width), int(header["classes"]))
-    model = build_network(recipe.net, task)
-    model.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
+    recipe = _recipe(header["recipe"])
+    channels, height, width = (_whole(size, 1, 2**31) for size in header["input_shape"])
+    _whole(channels * height * width, 1, 2**31)
+    task = TaskShape((channels, height, width), _whole(header["classes"], 1, 2**31))
+    family, *widths = recipe.net.split("-")
+    if len(widths) * _TENSORS_A_WIDTH.get(family, 1) > len(arrays):
+        raise ValueError(f"{len(arrays)} tensors are too few for {len(widths)} widths of a network {family}")
+    with torch.device("meta"):  # sizes that a file only states take no memory
+        model = build_network(recipe.net, task)
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    expected = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in model.state_dict().items()}
+    if found != expected:
+        differing = [name for name in [*expected, *found] if found.get(name) != expected.get(name)]
+        raise ValueError(f"the tensors {differing[:3]} are not those of {recipe.net!r} for {task}")
+    model.load_state_dict(tensors, assign=True)
     model.eval()
+    errors = [header["train_error"], header["test_error"]]
+    if not all(type(error) in (int, float) and 0 <= error <= 1 for error in errors):
+        raise ValueError(f"the errors {errors}: expected shares between 0 and 1")
     history = tuple(dict(record) for record in header["history"])
-    errors = float(header["train_error"]), float(header["test_error"])
-    return TrainedNetwork(model, recipe, history, *errors, task.input_shape, task.classes)
+    if not all(type(value) in (int, float) for record in history for value in record.values()):
+        raise ValueError("the history has values that are no numbers")
+    return TrainedNetwork(model, recipe, history, float(errors[0]), float(errors[1]), task.input_shape, task.classes)
+
+
+def _recipe(record: Mapping[str, Any]) -> Recipe:
+    """Return a recipe from a file, with every value of the type that it has when `train` writes it."""
+    if not isinstance(record, dict):
+        raise ValueError(f"recipe: {record!r}, expected an object")
+    for field in dataclasses.fields(Recipe):
+        value = record.get(field.name, field.default)
+        if field.type == "int":
+            _whole(value, -(2**63), 2**64)
+        elif (type(value) is not str) if field.type == "str" else (type(value) not in (int, float)):
+            raise ValueError(f"recipe: {field.name} {value!r}, expected a {field.type}")
+    return Recipe(**record)
+
+
+def _whole(value: Any, least: int, beyond: int) -> int:
+    if type(value) is not int or not least <= value < beyond:
+        raise ValueError(f"{value!r}: expected a whole number from {least} to {beyond - 1}")
+    return value

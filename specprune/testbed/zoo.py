@@ -163,13 +163,7 @@ def zoo_network(setting: ZooSetting, task: ImageTask) -> nn.Sequential:
     Returns:
         A chain of layers on the CPU, in training mode, with PyTorch's own initial weights for the seed.
     """
-    channels, height, width = task.input_shape
-    sizes = [setting.width] * setting.depth
-    with torch.device("meta"):  # draws nothing; the global random state is shared by all threads
-        if setting.family == "mlp":
-            plain = mlp((channels * height * width, *sizes, task.classes))
-        else:
-            plain = vgg(sizes, task.classes, channels, pools=(1,) if min(height, width) > 1 else ())
+    plain = _plain_network(setting, task)
     plain.to_empty(device="cpu")
     _draw_weights(plain, torch.Generator().manual_seed(setting.seed))
     if not setting.dropout:
@@ -180,6 +174,27 @@ def zoo_network(setting: ZooSetting, task: ImageTask) -> nn.Sequential:
         if isinstance(layer, nn.ReLU):
             layers[name.replace("relu", "drop")] = nn.Dropout(setting.dropout)
     return nn.Sequential(layers)
+
+
+def zoo_shapes(setting: ZooSetting, task: ImageTask) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the weights of a setting's network, by name, without making them.
+
+    Args:
+        setting: family, width and depth count.
+        task: what says the shape of the images and the number of classes.
+    """
+    state = _plain_network(setting, task).state_dict()
+    return {name: tuple(tensor.shape) for name, tensor in state.items() if tensor.is_floating_point()}
+
+
+def _plain_network(setting: ZooSetting, task: ImageTask) -> nn.Sequential:
+    """Return the network of a setting without dropout and without weights."""
+    channels, height, width = task.input_shape
+    sizes = [setting.width] * setting.depth
+    with torch.device("meta"):  # draws nothing; the global random state is shared by all threads
+        if setting.family == "mlp":
+            return mlp((channels * height * width, *sizes, task.classes))
+        return vgg(sizes, task.classes, channels, pools=(1,) if min(height, width) > 1 else ())
 
 
 def _draw_weights(network: nn.Sequential, generator: torch.Generator) -> None:

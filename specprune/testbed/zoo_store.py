@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import json
 import logging
+import math
 import os
 import platform
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,12 +27,12 @@ from joblib import Parallel, delayed
 from torch import nn
 from tqdm import tqdm
 
-from specprune._files import load_arrays, save_arrays, write_text
-from specprune._records import format_table, to_json
+from specprune._files import DEFLATE_RATIO, load_arrays, lock_folder, read_json, save_arrays, write_text
+from specprune._records import format_table, shortened, to_json
 from specprune.testbed.datasets import Dataset
 from specprune.testbed.ensemble import MAX_EPOCHS, TARGET_LOSS, check_limits, train_together
 from specprune.testbed.networks import TaskShape
-from specprune.testbed.zoo import ZooSetting, zoo_examples, zoo_network
+from specprune.testbed.zoo import ZooSetting, zoo_examples, zoo_network, zoo_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,9 @@ _FORMAT = 1
 _KIND = "zoo"
 _SHARD = "zoo shard"
 _DAMAGED = ".damaged"
+# Shards have no other names: what a manifest lists is read, and renamed where it is damaged.
+_MOST_DEPTH = 1000
+_SHARD_NAME = re.compile(r"[0-9a-f]{24}\.npz")
 _AXES = tuple(field.name for field in dataclasses.fields(ZooSetting))
 _MEASURED = ("epochs", "converged", "diverged", "train_loss", "train_error", "test_loss", "test_error")
 _QUANTILES = {"least": 0.0, "10 %": 0.1, "median": 0.5, "90 %": 0.9, "largest": 1.0}
@@ -95,15 +99,16 @@ class ZooNetwork:
             raise ValueError(f"{self.setting}: its training diverged, so no weights were kept; leave it out")
         name = _weights_name(self.row)
         arrays, header = load_arrays(self.shard, _SHARD, [name])
+        shapes = _check_layers(self.shard, header, self.setting, self.task)
+        sizes, weights = [math.prod(shape) for shape in shapes.values()], arrays[name]
+        if weights.shape != (sum(sizes),) or weights.dtype != np.float32:
+            raise ValueError(
+                f"{self.shard}: {name} is {weights.dtype} of shape {weights.shape}, expected float32 of shape "
+                f"{(sum(sizes),)}"
+            )
         network = self.initial()
         state = network.state_dict()
-        shapes = {key: tuple(tensor.shape) for key, tensor in state.items() if tensor.is_floating_point()}
-        if {key: tuple(shape) for key, shape in header["parameters"]} != shapes:
-            raise ValueError(
-                f"{self.shard}: holds other layers than {self.setting} has; was it made by another version?"
-            )
-        parts = torch.from_numpy(arrays[name]).split([int(np.prod(shape)) for _, shape in header["parameters"]])
-        for (key, shape), part in zip(header["parameters"], parts, strict=True):
+        for (key, shape), part in zip(shapes.items(), torch.from_numpy(weights).split(sizes), strict=True):
             state[key] = part.view(shape)
         for key, tensor in state.items():
             if not tensor.is_floating_point():  # a batch norm's counter of batches
@@ -207,7 +212,7 @@ def train_zoo(
     """Train what is missing of a zoo in a folder, many networks at once, and return all that is there.
 
     A kill at any moment loses no more than the chunks in work; the same call then goes on.  Settings may be added
-    later.  One call at a time may work in a folder.
+    later.  One call at a time works in a folder; others are refused.
 
     Args:
         dataset: the data of all settings, on the CPU.
@@ -224,13 +229,27 @@ def train_zoo(
         The zoo with all its finished networks, from this call and earlier ones.
 
     Raises:
-        ValueError: settings are missing, twice there or for other data, or the folder holds a zoo of another plan.
+        ValueError: settings are missing, twice there or for other data, the folder holds a zoo of another plan, or
+            another call is at work there.
     """
     wanted = tuple(settings)
     check_limits(target_loss, max_epochs)
     _check_settings(wanted, dataset, together)
     place = Path(folder)
     plan = _plan(dataset, target_loss, max_epochs)
+    with lock_folder(place):
+        return _train_missing(dataset, wanted, place, plan, together, jobs, str(device))
+
+
+def _train_missing(
+    dataset: Dataset,
+    wanted: tuple[ZooSetting, ...],
+    place: Path,
+    plan: dict[str, Any],
+    together: int,
+    jobs: int | None,
+    device: str,
+) -> Zoo:
     manifest: dict[str, Any] = {"plan": plan, "settings": [], "shards": {}}
     if (place / MANIFEST).exists():
         manifest = _read_manifest(place)
@@ -248,7 +267,7 @@ def train_zoo(
     _write_manifest(place, plan, everything, shards, chunks)
     if chunks:
         examples = zoo_examples(dataset, max(setting.n for chunk in chunks.values() for setting in chunk))
-        _train_chunks(examples, chunks, place, (target_loss, max_epochs), jobs, str(device))
+        _train_chunks(examples, chunks, place, (plan["target_loss"], plan["max_epochs"]), jobs, device)
     return load_zoo(place)
 
 
@@ -274,12 +293,8 @@ def load_zoo(folder: str | os.PathLike[str]) -> Zoo:
     task = TaskShape((channels, height, width), plan["classes"])
     found: dict[ZooSetting, ZooNetwork] = {}
     for name, header in shards.items():
-        for row, record in enumerate(header["networks"]):
-            setting = ZooSetting(**record["setting"])
-            measured = {key: record[key] for key in _MEASURED}
-            for key in ("train_loss", "test_loss"):  # JSON has them as words where they are not finite
-                measured[key] = float(measured[key])
-            found.setdefault(setting, ZooNetwork(setting, **measured, task=task, shard=place / name, row=row))
+        for network in _shard_networks(place / name, header, task):
+            found.setdefault(network.setting, network)
     settings = [ZooSetting(**record) for record in manifest["settings"]]
     return Zoo(
         place,
@@ -289,6 +304,37 @@ def load_zoo(folder: str | os.PathLike[str]) -> Zoo:
         tuple(setting for setting in settings if setting not in found),
         sum(float(header["seconds"]) for header in shards.values()),
     )
+
+
+def _shard_networks(path: Path, header: Mapping[str, Any], task: TaskShape) -> list[ZooNetwork]:
+    """Return what a shard's header says of its networks, checked, without their weights."""
+    networks = []
+    checked: set[tuple[str, int, int, bool]] = set()
+    for row, record in enumerate(header["networks"]):
+        setting = ZooSetting(**record["setting"])
+        measured = {key: record[key] for key in _MEASURED}
+        for key in ("train_loss", "test_loss"):  # JSON has them as words where they are not finite
+            measured[key] = float(measured[key])
+        layers = setting.family, setting.width, setting.depth, setting.dropout > 0
+        if (header["parameters"] or not measured["diverged"]) and layers not in checked:
+            _check_layers(path, header, setting, task)
+            checked.add(layers)
+        networks.append(ZooNetwork(setting, **measured, task=task, shard=path, row=row))
+    return networks
+
+
+def _check_layers(
+    path: Path, header: Mapping[str, Any], setting: ZooSetting, task: TaskShape
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the weights in a shard, which are those of the setting's network, and fit into the file."""
+    stated = header["parameters"]
+    if setting.depth < min(len(stated), _MOST_DEPTH):  # each layer has weights, and takes time to make
+        shapes = zoo_shapes(setting, task)
+        size = 4 * sum(math.prod(shape) for shape in shapes.values())
+        same = [[key, list(shape)] for key, shape in shapes.items()] == stated
+        if same and size <= DEFLATE_RATIO * path.stat().st_size:
+            return shapes
+    raise ValueError(f"{path}: holds other layers than {setting} has; was it made by another version?")
 
 
 def _check_settings(settings: Sequence[ZooSetting], dataset: Dataset, together: int) -> None:
@@ -334,14 +380,32 @@ def _read_manifest(place: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file (expected the folder of a zoo)")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path, "the manifest of a zoo")
         if manifest["kind"] != _KIND or manifest["format"] != _FORMAT:
             raise ValueError(f"kind {manifest['kind']!r}, format {manifest['format']!r}; this version reads {_FORMAT}")
-        for part in ("plan", "settings", "shards"):
-            manifest[part]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a readable manifest of a zoo ({error})") from error
+        _check_manifest(manifest)
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        raise ValueError(f"{path}: not a readable manifest of a zoo ({shortened(str(error))})") from error
     return dict(manifest)
+
+
+def _check_manifest(manifest: Mapping[str, Any]) -> None:
+    """Refuse a manifest that is not as `_write_manifest` writes it."""
+    plan, shards = manifest["plan"], manifest["shards"]
+    sizes = [*plan["input_shape"], plan["classes"], plan["max_epochs"]]
+    whole = all(type(size) is int and 1 <= size < 2**31 for size in sizes)
+    if len(sizes) != 5 or not whole or math.prod(sizes[:3]) >= 2**31:
+        raise ValueError(f"images, classes and epochs {sizes}: expected five positive whole numbers")
+    if type(plan["target_loss"]) not in (int, float):
+        raise ValueError(f"target_loss {plan['target_loss']!r}: expected a number")
+    for record in manifest["settings"]:
+        if type(ZooSetting(**record).data) is not str:
+            raise ValueError(f"data {record['data']!r}: expected a name")
+    if not isinstance(shards, dict):
+        raise ValueError(f"shards {shortened(repr(shards))}: expected an object")
+    odd = [name for name in shards if not _SHARD_NAME.fullmatch(name)]
+    if odd:
+        raise ValueError(f"a shard {shortened(repr(odd[0]))}: expected names of 24 hexadecimal digits and .npz")
 
 
 def _write_manifest(
@@ -381,10 +445,35 @@ def _read_shards(
         path = place / name
         if path.is_file():
             try:
-                headers[name] = load_arrays(path, _SHARD, None if whole else [])[1]
-            except ValueError as error:
-                damaged.append((path, str(error)))
+                header = load_arrays(path, _SHARD, None if whole else [])[1]
+                _check_header(header)
+                headers[name] = header
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+                reason = shortened(str(error))
+                named = isinstance(error, ValueError) and str(path) in reason
+                damaged.append((path, reason if named else f"{path}: a damaged header ({reason})"))
     return headers, damaged
+
+
+def _check_header(header: Mapping[str, Any]) -> None:
+    """Refuse a shard's header that is not as `_train_chunk` writes it."""
+    if not isinstance(header["networks"], list) or not isinstance(header["parameters"], list):
+        raise ValueError("networks and parameters: expected lists")
+    if type(header["seconds"]) not in (int, float) or header["seconds"] < 0:
+        raise ValueError(f"seconds {header['seconds']!r}: expected a number that is not negative")
+    for record in header["networks"]:
+        if type(ZooSetting(**record["setting"]).data) is not str:
+            raise ValueError(f"data {record['setting']['data']!r}: expected a name")
+        if type(record["epochs"]) is not int or record["epochs"] < 0:
+            raise ValueError(f"epochs {record['epochs']!r}: expected a whole number")
+        if type(record["converged"]) is not bool or type(record["diverged"]) is not bool:
+            raise ValueError(f"converged {record['converged']!r}, diverged {record['diverged']!r}: expected booleans")
+        for key in ("train_error", "test_error"):
+            if type(record[key]) not in (int, float) or not 0 <= record[key] <= 1:
+                raise ValueError(f"{key} {record[key]!r}: expected a share")
+        for key in ("train_loss", "test_loss"):
+            if type(record[key]) not in (int, float) and record[key] not in ("inf", "-inf", "nan"):
+                raise ValueError(f"{key} {record[key]!r}: expected a number")
 
 
 def _chunks(settings: Iterable[ZooSetting], together: int) -> list[list[ZooSetting]]:
