@@ -1,6 +1,7 @@
 """Hostile numbers: the fast part of benchmarks/stress/numerics.py, what it once found, and invariances."""
 
 import math
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -20,12 +21,15 @@ from dense_twin import reconstruct, ridge_fit
 from hostile import CONSTRUCTIONS, build
 from numerics import Case, run
 
-from specprune.analysis import approximation, layer_spectra
+from specprune.analysis import approximation, bound_table, layer_spectra, tradeoff
+from specprune.analysis.evaluation import NonFiniteOutputs, collect_logits
 from specprune.bounds import (
     WeightedNodes,
+    approximation_a_priori,
     degrees_of_freedom,
     effective_rank,
     eigenvalues,
+    evaluate_rates,
     feasibility,
     inverse_degrees_of_freedom,
     large_beats_small,
@@ -36,7 +40,7 @@ from specprune.bounds import (
     residual_covariance,
     samples_needed,
 )
-from specprune.compress import LayerMoments, prune
+from specprune.compress import CalibrationData, LayerMoments, prune
 from specprune.compress.divergence import output_divergence
 from specprune.compress.gram import GramSum
 from specprune.compress.reconstruction import condition_number, solve
@@ -176,6 +180,57 @@ def test_one_output_is_measured_on_its_own_scale():
     for scale in (1e-30, 1e-18, 1e18):
         assert float(output_divergence(a * scale, b * scale)) == pytest.approx(float(output_divergence(a, b)))
     assert float(output_divergence(a * 0, b)) == pytest.approx(float(b.square().mean()))
+
+
+@pytest.mark.parametrize("how", numerics.TABLES)
+@pytest.mark.parametrize(
+    ("construction", "message"),
+    [
+        ("NaN data", r"NaN or Inf in the inputs of layer 'fc[12]'"),
+        ("empty layer", r"'fc1\.weight' has no entries"),
+    ],
+)
+def test_tables_of_bounds_name_the_layer(construction, message, how):
+    outcome = run(Case("mlp", construction, "float64", "greedy", "channel", how))
+    assert outcome.verdict == "refused"
+    assert re.search(message, outcome.why)
+
+
+def test_outputs_that_overflow_are_refused_by_name():
+    model = small_mlp((6, 8, 3))
+    with torch.no_grad():
+        model.fc2.weight.mul_(1e38)
+    data = CalibrationData([(1e3 * tensor(20, 6), torch.arange(20) % 3)])
+    with pytest.raises(NonFiniteOutputs, match=r"NaN or Inf in the outputs of layer 'fc2': check the data"):
+        collect_logits(model, data)
+
+
+def test_tables_of_bounds_refuse_what_has_no_size():
+    net = build("mlp", "rank 0", torch.float64)
+    data = numerics.labelled(net)
+    with pytest.raises(ValueError, match="all inputs of the network are zero"):
+        tradeoff(net.model, data, widths=[net.widths])
+    notes = bound_table(net.model, data).notes
+    assert any("no bounds from margins: all inputs of the network are zero" in note for note in notes)
+    few = build("mlp", "n < m", torch.float64)
+    with pytest.raises(ValueError, match="the training set has 3 samples: PAC-Bayes bounds need at least 8"):
+        bound_table(few.model, numerics.labelled(few))
+
+
+def test_sign_matrices_that_overflow_leave_the_other_bounds():
+    outcome = run(Case("mlp", "mixed 1e-30..1e30", "float32", "greedy", "channel", "bound_table"))
+    assert outcome.verdict == "right", outcome.why
+
+
+def test_an_a_priori_bound_may_be_infinite():
+    bound = approximation_a_priori([1e300] * 3, [1e300] * 3)
+    assert bound.value == math.inf
+    assert approximation_a_priori([1e300], [1e-150]).value == pytest.approx(2.0)
+
+
+def test_rates_are_asked_for_by_name():
+    with pytest.raises(TypeError, match=r"values must be a mapping of symbols to numbers, got \[\]"):
+        evaluate_rates([])
 
 
 def test_methods_refuse_networks_that_overflow():

@@ -8,8 +8,8 @@ A case is a network, a construction (see `hostile`), a dtype, and how it is prun
 - failed: anything else; and a refusal where the numbers can be handled, or none where they cannot.
 
 Methods other than spectral pruning have no twin here: their networks must be finite, and no layer may err by more than
-its report says.  All selection rules meet all reconstructions on the chain in float32 and float64; elsewhere they take
-turns.
+its report says.  Neither have the tables of bounds: nothing in them may be NaN or negative.  All selection rules meet
+all reconstructions on the chain in float32 and float64; elsewhere they take turns.
 """
 
 from __future__ import annotations
@@ -32,16 +32,23 @@ import numpy as np
 import torch
 from dense_twin import reconstruct
 from hostile import CONSTRUCTIONS, Net, build
+from torch import Tensor
 
 from specprune import prune
 from specprune._files import write_text
 from specprune._records import format_table, to_json
+from specprune.analysis import bound_table, tradeoff
+from specprune.analysis.evaluation import NonFiniteOutputs
 from specprune.compress.choice import SELECTIONS
 from specprune.compress.reconstruction import RECONSTRUCTIONS
 from specprune.compress.settings import METHODS
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 KINDS = ("mlp", "convnet", "residual")
+TABLES = {
+    "bound_table": lambda net, train, widths: bound_table(net, train, prune(net, train, widths=widths), train),
+    "tradeoff": lambda net, train, widths: tradeoff(net, train, train, widths=[widths]),
+}
 ALLOCATIONS = ("calibrated", "sensitivity", "uniform", "dof", "dof at lam", "theory")
 RIDGE = 1e-6
 #: Largest difference to the twin's outputs, and largest excess of the error over the twin's; both relative to the
@@ -50,6 +57,7 @@ OUTPUTS = {"float16": 0.03, "bfloat16": 0.2, "float32": 2e-3, "float64": 5e-6}
 EXCESS = {"float16": 5e-3, "bfloat16": 0.02, "float32": 1e-4, "float64": 1e-9}
 # Where a network has nothing to prune, or nothing that can be said of it.
 MAY_BE_REFUSED = ("all dead", "rank 0, no constants", "width 1", "norm variance 0, eps 0", "subnormal nodes")
+TABLES_MAY_REFUSE = ("one sample", "n < m", "rank 0", "empty layer")
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,8 @@ def cases() -> Iterator[Case]:
             yield Case("mlp", construction, dtype, "backward", "sequential", "distilled")
         for method in METHODS[1:]:
             yield Case("mlp", construction, "float32", "-", "-", method)
+        for (kind, dtype), how in itertools.product((("mlp", "float32"), ("convnet", "float64")), TABLES):
+            yield Case(kind, construction, dtype, "greedy", "channel", how)
 
 
 def options(case: Case, net: Net) -> dict[str, Any]:
@@ -111,6 +121,12 @@ def options(case: Case, net: Net) -> dict[str, Any]:
     return {**found, "widths": net.widths}
 
 
+def labelled(net: Net) -> list[tuple[Tensor, Tensor]]:
+    """Return the data with classes, in batches of at most ten."""
+    classes = torch.arange(len(net.data)) % 3
+    return list(zip(net.data.split(10), classes.split(10), strict=True))
+
+
 def must_refuse(net: Net) -> bool:
     """Return whether a network or its data hold NaN or Inf."""
     tensors = [*net.model.state_dict().values(), net.data]
@@ -120,7 +136,7 @@ def must_refuse(net: Net) -> bool:
 def names_a_place(message: str, net: Net) -> bool:
     """Return whether a message names a layer or tensor or, of the network as a whole, the argument to change."""
     places = [name for name, _ in net.model.named_modules() if name]
-    arguments = ("keep", "method=", "distill_steps", "the budget is")
+    arguments = ("keep", "method=", "distill_steps", "the budget is", "the training set has", "inputs of the network")
     return any(f"'{name}" in message or f"{name}:" in message for name in places) or any(
         argument in message for argument in arguments
     )
@@ -133,8 +149,12 @@ def run(case: Case, seed: int = 0) -> Outcome:
     before = copy.deepcopy(net.model.state_dict())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")  # of its own parts
         try:
-            pruned = prune(net.model, batches, ridge=RIDGE, seed=seed, **options(case, net))
+            if case.how in TABLES:
+                found = TABLES[case.how](net.model, labelled(net), net.widths)
+            else:
+                found = prune(net.model, batches, ridge=RIDGE, seed=seed, **options(case, net))
         except Exception as error:
             return _judge_refusal(case, net, error)
     if caught:
@@ -142,17 +162,18 @@ def run(case: Case, seed: int = 0) -> Outcome:
     for name, tensor in net.model.state_dict().items():
         if not torch.equal(tensor.nan_to_num(), before[name].nan_to_num()):
             return Outcome("failed", f"the caller's {name} changed")
-    return _judge(case, net, pruned)
+    return _judge_table(net, found) if case.how in TABLES else _judge(case, net, found)
 
 
 def _judge_refusal(case: Case, net: Net, error: Exception) -> Outcome:
     kind = type(error).__name__
-    if type(error) not in (ValueError, TypeError):
+    if type(error) not in (ValueError, TypeError, NonFiniteOutputs):
         return Outcome("failed", f"{kind}: {error}")
     if not names_a_place(str(error), net):
         return Outcome("failed", f"{kind} names no place: {error}")
     free = case.construction in MAY_BE_REFUSED or case.dtype in ("float16", "bfloat16")
     # Adam's steps are of one size for all weights; what a method makes of sizes that differ by 60 orders may overflow.
+    free = free or (case.how in TABLES and case.construction in TABLES_MAY_REFUSE)
     free = free or case.how == "distilled" or (case.how in METHODS[1:] and case.construction.startswith("mixed"))
     if not free and not must_refuse(net):
         return Outcome("failed", f"needless {kind}: {error}")
@@ -188,6 +209,16 @@ def _judge(case: Case, net: Net, pruned) -> Outcome:
     fine = difference <= OUTPUTS[case.dtype] + coarse and losses[0] - losses[1] <= EXCESS[case.dtype] + coarse
     why = "" if fine else f"{difference:.2g} from the twin, error {losses[0]:.3g} against {losses[1]:.3g}"
     return Outcome("right" if fine else "failed", why, difference, max(0.0, losses[0] - losses[1]))
+
+
+def _judge_table(net: Net, table) -> Outcome:
+    if must_refuse(net):
+        return Outcome("failed", "NaN or Inf was not noticed")
+    for record in table.to_records():
+        for key, value in record.items():
+            if isinstance(value, float) and not value >= 0:
+                return Outcome("failed", f"the table has {key} = {value}")
+    return Outcome("right")
 
 
 def _judge_layers(pruned) -> Outcome:

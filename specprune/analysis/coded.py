@@ -80,7 +80,12 @@ def coded_pac_bayes_bounds(result: OccamResult, samples: int, code_length: float
         samples: size n of the training set.
         code_length: of its description, in nats.
         delta: allowed probability of failure of each bound.
+
+    Raises:
+        ValueError: fewer than 8 samples.
     """
+    if samples < 8:  # Maurer's lemma
+        raise ValueError(f"the training set has {samples} samples: PAC-Bayes bounds need at least 8")
     forms = (
         maurer_bound,
         langford_seeger_bound,

@@ -59,6 +59,10 @@ class DoubleBatches:
         return (double_batch(batch) for batch in self.data.passes(self.model, "reading in float64"))
 
 
+class NonFiniteOutputs(ValueError):
+    """A network answers NaN or Inf."""
+
+
 @torch.no_grad()
 def collect_logits(model: nn.Module, data: CalibrationData, title: str = "evaluating") -> tuple[np.ndarray, np.ndarray]:
     """Return a classifier's logits and the true classes.
@@ -73,7 +77,8 @@ def collect_logits(model: nn.Module, data: CalibrationData, title: str = "evalua
 
     Raises:
         TypeError: batches without targets.
-        ValueError: outputs that are not (n, classes) or not finite, or targets that are no class numbers.
+        ValueError: outputs that are not (n, classes), or targets that are no class numbers.
+        NonFiniteOutputs: outputs that are NaN or infinite; the first layer with such outputs is named.
     """
     (logits,), targets = collect_logits_of([model], data, title)
     return logits, targets
@@ -102,6 +107,8 @@ def collect_logits_of(
     for batch in data.passes(copies[0], title):
         for part, work in zip(logits, copies, strict=True):
             part.append(data.call(work, batch).to(torch.float64).cpu().numpy())
+            if not np.all(np.isfinite(part[-1])):
+                raise NonFiniteOutputs(f"NaN or Inf in {_first_non_finite(work, data, batch)}")
         targets.append(batch_targets(batch).cpu().numpy())
     labels = np.concatenate(targets)
     return [_checked(np.concatenate(part), labels) for part in logits], labels
@@ -118,9 +125,27 @@ def _checked(outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
             f"targets of dtype {labels.dtype} between {labels.min()} and {labels.max()}: expected integers from 0 to "
             f"{outputs.shape[1] - 1}"
         )
-    if not np.all(np.isfinite(outputs)):
-        raise ValueError("the network's outputs have NaN or Inf: check its weights and the data")
     return outputs
+
+
+def _first_non_finite(model: nn.Module, data: CalibrationData, batch: Any) -> str:
+    """Return where NaN or Inf come up first when a network runs on a batch, with what to do."""
+    places = []
+
+    def watch(name: str, module: nn.Module) -> None:
+        def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            for value, kind in ((args[0] if args else None, "inputs"), (output, "outputs")):
+                if isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
+                    places.append(f"the {kind} of layer {name!r}")
+
+        module.register_forward_hook(after)
+
+    work = copy.deepcopy(model)
+    for name, module in work.named_modules():
+        if name and next(module.children(), None) is None:
+            watch(name, module)
+    data.call(work, batch)
+    return f"{places[0] if places else 'the outputs of the network'}: check the data, its weights and those before it"
 
 
 def error_rate(logits: np.ndarray, targets: np.ndarray) -> float:

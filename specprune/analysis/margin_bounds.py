@@ -248,6 +248,7 @@ def input_norm(data: CalibrationData, model: nn.Module) -> float:
 
     Raises:
         TypeError: the network is called by keyword or with several inputs, which have no single norm.
+        ValueError: all inputs are zero.
     """
     work = copy.deepcopy(model).eval()
     norms: list[float] = []
@@ -262,4 +263,6 @@ def input_norm(data: CalibrationData, model: nn.Module) -> float:
     for batch in data.passes(model, "measuring inputs"):
         with contextlib.suppress(StopForward):
             data.call(work, batch)
+    if not max(norms):
+        raise ValueError("all inputs of the network are zero: the bounds need inputs of some size, check the data")
     return max(norms)

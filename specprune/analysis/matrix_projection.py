@@ -31,7 +31,7 @@ import torch
 from torch import nn
 
 from specprune._records import format_table, to_json
-from specprune.analysis.evaluation import collect_logits, error_rate
+from specprune.analysis.evaluation import NonFiniteOutputs, collect_logits, error_rate
 from specprune.bounds.bound import Bound, check_count, check_number
 from specprune.bounds.occam import Quantised, occam_bound, occam_bound_relaxed, quantise
 from specprune.bounds.projection_code import level_count, level_size, padded_size, projection_code_length
@@ -222,7 +222,8 @@ def matrix_projection(
         A `MatrixProjection`; its bound covers the network in it.
 
     Raises:
-        ValueError: batch norms or buffers that cannot be folded, no matrix, or unsuitable data.
+        ValueError: batch norms or buffers that cannot be folded, no matrix, unsuitable data, or weights of such
+            different sizes that the written network leaves the range of its numbers.
         TypeError: unlabelled batches.
 
     Source:
@@ -357,7 +358,10 @@ class _Search:
         self._writer.put_biases(bits)
         for index, level in enumerate(levels):
             self._writer.put(index, level, bits)
-        return error_rate(*collect_logits(self._writer.work, self._data))
+        try:
+            return error_rate(*collect_logits(self._writer.work, self._data))
+        except NonFiniteOutputs:  # sums of weights of very different sizes: no answer is a wrong answer
+            return 1.0
 
     def levels(self, start: float, tolerance: float) -> list[int]:
         """Return a level for each matrix with which the error is at most start + tolerance, rounding aside."""

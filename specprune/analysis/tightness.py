@@ -18,7 +18,7 @@ from specprune.analysis.chain import ChainLayer, trace_chain
 from specprune.analysis.coded import OccamResult, coded_pac_bayes_bounds, occam_results
 from specprune.analysis.cushions import cushions
 from specprune.analysis.decay import measure_decay
-from specprune.analysis.evaluation import collect_logits, collect_logits_of, error_rate
+from specprune.analysis.evaluation import NonFiniteOutputs, collect_logits, collect_logits_of, error_rate
 from specprune.analysis.layer_norms import NetworkNorms, measure_norms
 from specprune.analysis.margin_bounds import (
     coded_pair_bound,
@@ -308,10 +308,13 @@ class _Work:
         self.add(label, best.bound, *coded_pac_bayes_bounds(best, len(net.targets), length, self.delta))
         self.errors(label, best.network.model, best.train_error)
         self.measure(label, "code length in bits", length / math.log(2))
-        projected = matrix_projection(net.model, self.data, original_widths=widths, delta=self.delta)
         label_projected = f"{net.label}, sign matrices"
-        self.add(label_projected, projected.bound)
-        self.errors(label_projected, projected.model, projected.train_error)
+        try:
+            projected = matrix_projection(net.model, self.data, original_widths=widths, delta=self.delta)
+            self.errors(label_projected, projected.model, projected.train_error)
+            self.add(label_projected, projected.bound)
+        except NonFiniteOutputs as reason:
+            self.notes.append(f"{net.label}: no matrix projection: {reason}")
         return _Coded(label, best, length)
 
     def through_the_code(self, original: _Net, coded: _Coded) -> None:

@@ -328,7 +328,10 @@ def evaluate_rates(values: Mapping[str, float]) -> list[dict[str, Any]]:
 
     Raises:
         ValueError: if a name is not a symbol of any rate, or a number is not positive.
+        TypeError: if the values are no mapping.
     """
+    if not isinstance(values, Mapping):
+        raise TypeError(f"values must be a mapping of symbols to numbers, got {values!r}")
     known = {str(symbol) for rate in RATES for symbol in rate.symbols}
     unknown = sorted(set(values) - known)
     if unknown:

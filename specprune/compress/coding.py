@@ -93,13 +93,18 @@ def quantise_network(folded: nn.Module, bits: int) -> QuantisedNetwork:
         nothing and the two below it.
 
     Raises:
-        ValueError: the network has buffers, whose content would be free.
+        ValueError: the network has buffers, whose content would be free, or a tensor without entries.
     """
     work = copy.deepcopy(folded).eval()
     buffers = [name for name, _ in work.named_buffers()]
     if buffers:
         raise ValueError(
             f"the buffers {buffers[:3]} are no part of the description that is paid for; fold or remove them"
+        )
+    empty = [name for name, parameter in work.named_parameters() if not parameter.numel()]
+    if empty:
+        raise ValueError(
+            f"{empty[0]!r} has no entries: a network is written down without its empty layers, remove them"
         )
     counts, exponents = [], []
     for parameter in work.parameters():
