@@ -44,7 +44,7 @@ from specprune.testbed.ensemble import (
     train_together,
 )
 from specprune.testbed.zoo import zoo_examples
-from specprune.testbed.zoo_store import MANIFEST
+from specprune.testbed.zoo_files import MANIFEST
 
 WORD, LONG = 2**32 - 1, 2**64 - 1
 GOLDEN = 0x9E3779B97F4A7C15

@@ -11,7 +11,8 @@ from files import MEMORY, Tally, _status, _trial, _Watch
 from hostile_readers import Reader
 
 INSTRUMENTED = ("_files", "_records", "_measures", "_problem")
-INSTRUMENTED += ("testbed.datasets", "testbed.download", "testbed.training", "testbed.zoo_store", "testbed.zoo")
+INSTRUMENTED += ("testbed.datasets", "testbed.download", "testbed.training", "testbed.zoo_files")
+INSTRUMENTED += ("testbed.zoo_store", "testbed.zoo")
 INSTRUMENTED += ("compress.checkpoint", "compress.low_rank_checkpoint", "compress.moments", "compress.language")
 INSTRUMENTED += ("compress.range_coder", "compress.vocabulary", "analysis.certificate", "analysis.certify")
 INSTRUMENTED += ("figures.data_files", "figures.setting")

@@ -48,6 +48,7 @@ from pruning_quality import where_run
 _CONTEXT = multiprocessing.get_context("fork")
 _MEGABYTE = 2**20
 _MMAP_THRESHOLD = -3  # of mallopt
+_KEPT = 64 * _MEGABYTE  # free memory that glibc holds back at most: twice its largest M_MMAP_THRESHOLD, see mallopt(3)
 _GROWTH = 2 * _MEGABYTE  # between the peaks of 10 and of 100 batches: pages that the allocator left in pieces
 _LEAK = 1 * _MEGABYTE  # in 100 calls, after the warm-up
 
@@ -90,19 +91,21 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Callable[[nn.M
 }
 
 
-def peak(action: Callable[[], Any], warm: Callable[[], Any]) -> int:
+def peak(action: Callable[[], Any], warm: Callable[[], Any], keep: bool = False) -> int:
     """Return by how many bytes a forked child grows at most while it does something.
 
     Args:
         action: what is measured.
         warm: the same with little data, done first in the child: it has to load the pages of libraries once more.
+        keep: leave glibc its way of keeping large blocks that are free; else they are given back at once.
     """
     give_back()
     receiver, sender = _CONTEXT.Pipe(duplex=False)
 
     def measure() -> None:
         torch.set_num_threads(1)
-        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 65536)  # else glibc learns to keep large blocks that are free
+        if not keep:
+            ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 65536)
         warm()
         give_back()
         Path("/proc/self/clear_refs").write_text("5")  # the highest so far is forgotten, see proc(5)
@@ -141,7 +144,7 @@ def memory(few: int, many: int) -> list[dict[str, Any]]:
         warm = functools.partial(collect_moments, model, small, **settings)
         collects = [functools.partial(collect_moments, model, Stream(n, *shape), **settings) for n in counts]
         peaks = [peak(collect, warm) for collect in collects]
-        rows.append(judged(name, peaks, ceiling.total))
+        rows.append(judged(name, peaks, ceiling.total, peak(collects[-1], warm, keep=True)))
     for name, (make, shape, call) in OTHERS.items():
         model = make()
         warm = functools.partial(call, model, Stream(1, *shape))
@@ -151,16 +154,19 @@ def memory(few: int, many: int) -> list[dict[str, Any]]:
     return rows
 
 
-def judged(name: str, peaks: list[int], ceiling: int | None) -> dict[str, Any]:
+def judged(name: str, peaks: list[int], ceiling: int | None, kept: int | None = None) -> dict[str, Any]:
     said = []
     if ceiling is not None and max(peaks) > ceiling:
         said.append("above the ceiling")
+    if ceiling is not None and kept is not None and kept > ceiling + _KEPT:
+        said.append("above the ceiling and what the allocator keeps")
     if peaks[1] > peaks[0] + _GROWTH:
         said.append("grows with the batches")
     row = {
         "what": name,
         "few_mb": peaks[0] / _MEGABYTE,
         "many_mb": peaks[1] / _MEGABYTE,
+        "untuned_mb": None if kept is None else kept / _MEGABYTE,
         "ceiling_mb": None if ceiling is None else ceiling / _MEGABYTE,
         "fault": "; ".join(said) or None,
     }

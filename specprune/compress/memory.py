@@ -81,10 +81,10 @@ def collection_ceiling(
         forward   b times the numbers of all modules' outputs
         finish    max over layers of 24 d^2
 
-    Not counted are what libraries set aside for themselves (tens of megabytes in oneDNN, CUDA's context and cache) and
-    outputs of operations that are no modules.  `layer_spectra` adds 8 d^2 bytes a layer for the covariances that it
-    returns and 24 d^2 of one layer at a time for their eigenvalues.  In a data-parallel run the ceiling holds for each
-    process.
+    Not counted are what libraries set aside for themselves (tens of megabytes in oneDNN, CUDA's context and cache;
+    glibc keeps up to 64 MiB of free memory) and outputs of operations that are no modules.  `layer_spectra` adds 8 d^2
+    bytes a layer for the covariances that it returns and 24 d^2 of one layer at a time for their eigenvalues.  In a
+    data-parallel run the ceiling holds for each process.
 
     Args:
         model: as for `collect_moments`.  Two samples are run through a copy.

@@ -13,8 +13,6 @@ import hashlib
 import logging
 import math
 import os
-import platform
-import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,25 +25,28 @@ from joblib import Parallel, delayed
 from torch import nn
 from tqdm import tqdm
 
-from specprune._files import DEFLATE_RATIO, load_arrays, lock_folder, read_json, save_arrays, write_text
-from specprune._records import format_table, shortened, to_json
+from specprune._files import DEFLATE_RATIO, load_arrays, lock_folder, save_arrays
+from specprune._records import format_table, to_json
 from specprune.testbed.datasets import Dataset
 from specprune.testbed.ensemble import MAX_EPOCHS, TARGET_LOSS, check_limits, train_together
 from specprune.testbed.networks import TaskShape
 from specprune.testbed.zoo import ZooSetting, zoo_examples, zoo_network, zoo_shapes
+from specprune.testbed.zoo_files import (
+    MANIFEST,
+    MEASURED,
+    SHARD,
+    check_plan,
+    read_manifest,
+    read_shards,
+    shard_name,
+    write_manifest,
+)
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "zoo.json"
-_FORMAT = 1
-_KIND = "zoo"
-_SHARD = "zoo shard"
 _DAMAGED = ".damaged"
-# Shards have no other names: what a manifest lists is read, and renamed where it is damaged.
 _MOST_DEPTH = 1000
-_SHARD_NAME = re.compile(r"[0-9a-f]{24}\.npz")
 _AXES = tuple(field.name for field in dataclasses.fields(ZooSetting))
-_MEASURED = ("epochs", "converged", "diverged", "train_loss", "train_error", "test_loss", "test_error")
 _QUANTILES = {"least": 0.0, "10 %": 0.1, "median": 0.5, "90 %": 0.9, "largest": 1.0}
 
 
@@ -98,7 +99,7 @@ class ZooNetwork:
         if self.diverged:
             raise ValueError(f"{self.setting}: its training diverged, so no weights were kept; leave it out")
         name = _weights_name(self.row)
-        arrays, header = load_arrays(self.shard, _SHARD, [name])
+        arrays, header = load_arrays(self.shard, SHARD, [name])
         shapes = _check_layers(self.shard, header, self.setting, self.task)
         sizes, weights = [math.prod(shape) for shape in shapes.values()], arrays[name]
         if weights.shape != (sum(sizes),) or weights.dtype != np.float32:
@@ -118,7 +119,7 @@ class ZooNetwork:
 
     def to_record(self) -> dict[str, Any]:
         """Return the setting and what was measured, by name."""
-        measured = {name: getattr(self, name) for name in _MEASURED}
+        measured = {name: getattr(self, name) for name in MEASURED}
         return {**dataclasses.asdict(self.setting), **measured, "gap": self.gap}
 
 
@@ -252,19 +253,19 @@ def _train_missing(
 ) -> Zoo:
     manifest: dict[str, Any] = {"plan": plan, "settings": [], "shards": {}}
     if (place / MANIFEST).exists():
-        manifest = _read_manifest(place)
-    _check_plan(place, manifest["plan"], plan)
+        manifest = read_manifest(place)
+    check_plan(place, manifest["plan"], plan)
     for leftover in place.glob(".*.part"):  # of writes that were cut off
         leftover.unlink()
-    shards, damaged = _read_shards(place, manifest["shards"], whole=True)
+    shards, damaged = read_shards(place, manifest["shards"], whole=True)
     for path, error in damaged:
         logger.warning("%s; its networks are trained again, the file is kept as %s", error, path.name + _DAMAGED)
         path.rename(path.with_name(path.name + _DAMAGED))
     finished = {ZooSetting(**record["setting"]) for header in shards.values() for record in header["networks"]}
-    chunks = {_shard_name(chunk): chunk for chunk in _chunks([s for s in wanted if s not in finished], together)}
+    chunks = {shard_name(chunk): chunk for chunk in _chunks([s for s in wanted if s not in finished], together)}
     known = [ZooSetting(**record) for record in manifest["settings"]]
     everything = list(dict.fromkeys([*known, *wanted]))
-    _write_manifest(place, plan, everything, shards, chunks)
+    write_manifest(place, plan, everything, shards, chunks)
     if chunks:
         examples = zoo_examples(dataset, max(setting.n for chunk in chunks.values() for setting in chunk))
         _train_chunks(examples, chunks, place, (plan["target_loss"], plan["max_epochs"]), jobs, device)
@@ -282,8 +283,8 @@ def load_zoo(folder: str | os.PathLike[str]) -> Zoo:
         ValueError: the manifest or a shard is damaged.
     """
     place = Path(folder)
-    manifest = _read_manifest(place)
-    shards, damaged = _read_shards(place, manifest["shards"], whole=False)
+    manifest = read_manifest(place)
+    shards, damaged = read_shards(place, manifest["shards"], whole=False)
     if damaged:
         raise ValueError(
             "; ".join(error for _, error in damaged) + "; the same train_zoo (or `specprune zoo`) trains it again"
@@ -312,7 +313,7 @@ def _shard_networks(path: Path, header: Mapping[str, Any], task: TaskShape) -> l
     checked: set[tuple[str, int, int, bool]] = set()
     for row, record in enumerate(header["networks"]):
         setting = ZooSetting(**record["setting"])
-        measured = {key: record[key] for key in _MEASURED}
+        measured = {key: record[key] for key in MEASURED}
         for key in ("train_loss", "test_loss"):  # JSON has them as words where they are not finite
             measured[key] = float(measured[key])
         layers = setting.family, setting.width, setting.depth, setting.dropout > 0
@@ -366,116 +367,6 @@ def _plan(dataset: Dataset, target_loss: float, max_epochs: int) -> dict[str, An
     }
 
 
-def _check_plan(place: Path, found: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
-    for name, value in plan.items():
-        if found.get(name) != value:
-            raise ValueError(
-                f"{place} holds a zoo with {name} {found.get(name)}, asked for {value}: "
-                "give the same again, or another folder"
-            )
-
-
-def _read_manifest(place: Path) -> dict[str, Any]:
-    path = place / MANIFEST
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file (expected the folder of a zoo)")
-    try:
-        manifest = read_json(path, "the manifest of a zoo")
-        if manifest["kind"] != _KIND or manifest["format"] != _FORMAT:
-            raise ValueError(f"kind {manifest['kind']!r}, format {manifest['format']!r}; this version reads {_FORMAT}")
-        _check_manifest(manifest)
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
-        raise ValueError(f"{path}: not a readable manifest of a zoo ({shortened(str(error))})") from error
-    return dict(manifest)
-
-
-def _check_manifest(manifest: Mapping[str, Any]) -> None:
-    """Refuse a manifest that is not as `_write_manifest` writes it."""
-    plan, shards = manifest["plan"], manifest["shards"]
-    sizes = [*plan["input_shape"], plan["classes"], plan["max_epochs"]]
-    whole = all(type(size) is int and 1 <= size < 2**31 for size in sizes)
-    if len(sizes) != 5 or not whole or math.prod(sizes[:3]) >= 2**31:
-        raise ValueError(f"images, classes and epochs {sizes}: expected five positive whole numbers")
-    if type(plan["target_loss"]) not in (int, float):
-        raise ValueError(f"target_loss {plan['target_loss']!r}: expected a number")
-    for record in manifest["settings"]:
-        if type(ZooSetting(**record).data) is not str:
-            raise ValueError(f"data {record['data']!r}: expected a name")
-    if not isinstance(shards, dict):
-        raise ValueError(f"shards {shortened(repr(shards))}: expected an object")
-    odd = [name for name in shards if not _SHARD_NAME.fullmatch(name)]
-    if odd:
-        raise ValueError(f"a shard {shortened(repr(odd[0]))}: expected names of 24 hexadecimal digits and .npz")
-
-
-def _write_manifest(
-    place: Path,
-    plan: Mapping[str, Any],
-    settings: Sequence[ZooSetting],
-    shards: Mapping[str, Mapping[str, Any]],
-    chunks: Mapping[str, Sequence[ZooSetting]],
-) -> None:
-    """Write what the zoo is; shards list the places of their settings, those finished before and those to come."""
-    index = {setting: k for k, setting in enumerate(settings)}
-    held = {name: [index[ZooSetting(**r["setting"])] for r in header["networks"]] for name, header in shards.items()}
-    planned = {name: [index[setting] for setting in chunk] for name, chunk in chunks.items()}
-    manifest = {
-        "kind": _KIND,
-        "format": _FORMAT,
-        "plan": plan,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "settings": [dataclasses.asdict(setting) for setting in settings],
-        "shards": {**held, **planned},
-    }
-    write_text(place / MANIFEST, to_json(manifest) + "\n")
-
-
-def _read_shards(
-    place: Path, names: Iterable[str], whole: bool
-) -> tuple[dict[str, dict[str, Any]], list[tuple[Path, str]]]:
-    """Return the headers of the shards that are there by name, and those that cannot be read, with the reason.
-
-    Args:
-        place: the folder.
-        names: of the shards that the manifest lists.
-        whole: read and check the weights as well.
-    """
-    headers, damaged = {}, []
-    for name in names:
-        path = place / name
-        if path.is_file():
-            try:
-                header = load_arrays(path, _SHARD, None if whole else [])[1]
-                _check_header(header)
-                headers[name] = header
-            except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-                reason = shortened(str(error))
-                named = isinstance(error, ValueError) and str(path) in reason
-                damaged.append((path, reason if named else f"{path}: a damaged header ({reason})"))
-    return headers, damaged
-
-
-def _check_header(header: Mapping[str, Any]) -> None:
-    """Refuse a shard's header that is not as `_train_chunk` writes it."""
-    if not isinstance(header["networks"], list) or not isinstance(header["parameters"], list):
-        raise ValueError("networks and parameters: expected lists")
-    if type(header["seconds"]) not in (int, float) or header["seconds"] < 0:
-        raise ValueError(f"seconds {header['seconds']!r}: expected a number that is not negative")
-    for record in header["networks"]:
-        if type(ZooSetting(**record["setting"]).data) is not str:
-            raise ValueError(f"data {record['setting']['data']!r}: expected a name")
-        if type(record["epochs"]) is not int or record["epochs"] < 0:
-            raise ValueError(f"epochs {record['epochs']!r}: expected a whole number")
-        if type(record["converged"]) is not bool or type(record["diverged"]) is not bool:
-            raise ValueError(f"converged {record['converged']!r}, diverged {record['diverged']!r}: expected booleans")
-        for key in ("train_error", "test_error"):
-            if type(record[key]) not in (int, float) or not 0 <= record[key] <= 1:
-                raise ValueError(f"{key} {record[key]!r}: expected a share")
-        for key in ("train_loss", "test_loss"):
-            if type(record[key]) not in (int, float) and record[key] not in ("inf", "-inf", "nan"):
-                raise ValueError(f"{key} {record[key]!r}: expected a number")
-
-
 def _chunks(settings: Iterable[ZooSetting], together: int) -> list[list[ZooSetting]]:
     """Return chunks of one group each, those of similar duration side by side, the longest first."""
     groups: dict[tuple[Any, ...], list[ZooSetting]] = {}
@@ -486,10 +377,6 @@ def _chunks(settings: Iterable[ZooSetting], together: int) -> list[list[ZooSetti
         group.sort(key=lambda s: (s.n, s.label_noise, s.learning_rate, s.dropout, s.weight_decay, s.seed))
         chunks += [group[start : start + together] for start in range(0, len(group), together)]
     return sorted(chunks, key=lambda chunk: -sum(s.n * s.depth / s.batch_size for s in chunk))
-
-
-def _shard_name(settings: Sequence[ZooSetting]) -> str:
-    return hashlib.sha256("".join(setting.digest for setting in settings).encode()).hexdigest()[:24] + ".npz"
 
 
 def _weights_name(row: int) -> str:
@@ -538,7 +425,7 @@ def _train_chunk(
         for row, weights in kept.items()
     }
     records = [
-        {"setting": dataclasses.asdict(run.setting), **{key: getattr(run, key) for key in _MEASURED}} for run in runs
+        {"setting": dataclasses.asdict(run.setting), **{key: getattr(run, key) for key in MEASURED}} for run in runs
     ]
-    header = {"kind": _SHARD, "parameters": shapes, "networks": records, "seconds": time.perf_counter() - started}
+    header = {"kind": SHARD, "parameters": shapes, "networks": records, "seconds": time.perf_counter() - started}
     return name, arrays, header
