@@ -241,7 +241,7 @@ def recurrent(steps: int = 3) -> list[Statement]:
 
 
 def _published() -> Statement:
-    risk, ramp, d1, d2, constant, reach, tail = positive("Psi Psi_n delta_1 delta_2 C_1 R_infty R_nt")
+    risk, ramp, d1, d2, constant, reach, tail = positive("Psi Psi_n delta_1 delta_2 C_1 R_max R_nt")
     return Statement(
         "theorem_2_published",
         "Shape of the published generalization bound: bias delta_1 and variance delta_2",

@@ -62,7 +62,7 @@ def _divergences() -> list[Statement]:
         ),
         Statement(
             "monte_carlo_error",
-            "Divergence of the error of N drawn networks and the Gibbs error",
+            "Divergence of the error of n drawn networks and the Gibbs error",
             sp.Le(divergence, sp.log(1 / delta) / n),
             (n, delta),
             (
