@@ -98,7 +98,7 @@ def main() -> None:
             found = faults_of_names(names, kind)
             if size > _MOST:
                 found.append(f"{kind} has {size} bytes, more than {_MOST}")
-            rows.append({"what": kind, "files": len(names), "bytes": size, "faults": len(found)})
+            rows.append({"what": kind, "files": len(names), "bytes": size, "seconds": None, "faults": len(found)})
             faults += found
         found, seconds = demo_from(built[1], Path(scratch))
         rows.append({"what": "demo from the wheel", "files": len(_RESULTS), "seconds": seconds, "faults": len(found)})
