@@ -7,7 +7,7 @@ DOCS_STAMP := $(VENV)/.installed-docs
 # The networks are small: more threads mostly wait for each other, for minutes if the machine does something else too.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all test-matrix stress lint docs figures examples bench quality lock clean
+.PHONY: demo test test-all test-matrix stress stress-kills stress-others lint docs figures examples bench quality lock clean
 
 demo: $(STAMP)
 	$(BIN)/specprune demo --out results/demo
@@ -20,7 +20,13 @@ test-all: $(STAMP) $(DOCS_STAMP)
 
 # Hostile numbers and files, kills, full disks, lost ranks, a bare environment: counts in results/stress, docs/reliability.md.
 stress: $(STAMP)
-	@set -e; for part in numerics files kills resources package; do \
+	$(MAKE) --no-print-directory -j 2 --output-sync=target stress-kills stress-others
+
+stress-kills stress-others: $(STAMP)
+stress-kills: PARTS := kills
+stress-others: PARTS := numerics files resources package
+stress-kills stress-others:
+	@set -e; for part in $(PARTS); do \
 		echo "== $$part"; $(BIN)/python benchmarks/stress/$$part.py --out results/stress; done
 
 # Several Pythons with the oldest, the pinned and the newest libraries; environments are kept in .matrix.

@@ -1,8 +1,9 @@
 """Memory, leaks and many processes: what was tried, what failed.
 
 memory: peaks of collecting moments against `collection_ceiling`, each in a forked child, with 10 and with 100 batches;
-`prune`, `prune_sweep` and `layer_spectra` with 10 and 100 batches.  leaks: calls again and again, with the tensors,
-hooks, open files and memory that they leave.  ranks: data-parallel runs that are disturbed, see ranks.py.
+`prune`, `prune_sweep` and `layer_spectra` too, with 1 MiB for the targets that refits keep.  leaks: calls again and
+again, with the tensors, hooks, open files and memory that they leave.  ranks: data-parallel runs that are disturbed,
+see ranks.py.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from specprune.compress import (
     prune,
     prune_sweep,
     save_pruned,
+    targets,
 )
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -145,6 +147,7 @@ def memory(few: int, many: int) -> list[dict[str, Any]]:
         collects = [functools.partial(collect_moments, model, Stream(n, *shape), **settings) for n in counts]
         peaks = [peak(collect, warm) for collect in collects]
         rows.append(judged(name, peaks, ceiling.total, peak(collects[-1], warm, keep=True)))
+    targets.CACHE_BYTES = _MEGABYTE  # full after few batches
     for name, (make, shape, call) in OTHERS.items():
         model = make()
         warm = functools.partial(call, model, Stream(1, *shape))
