@@ -142,6 +142,7 @@ def test_what_helps_near_the_boundary_alone_is_taken_back():
     assert refused
 
 
+@pytest.mark.slow
 def test_what_is_left_is_a_local_optimum():
     search, pixels, targets = trained_search(near=600)
     before = -1

@@ -387,6 +387,7 @@ def test_a_failed_drawing_leaves_no_picture(setting, tmp_path, monkeypatch, plac
     assert [path.name for path in tmp_path.iterdir()] == ["eigenvalue_decay.json"]
 
 
+@pytest.mark.slow
 def test_nothing_global_is_touched(folder, monkeypatch):
     monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
     with matplotlib.rc_context({"lines.linewidth": 2.5}):

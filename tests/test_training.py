@@ -75,6 +75,7 @@ def test_training_leaves_the_data_alone(digits):
     assert torch.equal(digits.train_targets, before[1])
 
 
+@pytest.mark.slow
 def test_random_labels_are_what_is_fitted(digits):
     recipe = Recipe("digits", "mlp-256-256", 60, batch_size=50, random_labels=1.0, label_seed=7)
     result = train(digits, recipe)

@@ -634,6 +634,7 @@ def train_quickly(folder):
     train_zoo(TINY, GRID, Path(folder), together=2, **QUICK)
 
 
+@pytest.mark.slow
 def test_kills_lose_nothing_and_double_nothing(tmp_path, undisturbed):
     context = multiprocessing.get_context("forkserver")  # torch is imported once, not after every kill
     context.set_forkserver_preload(["specprune.cli", "test_zoo"])
