@@ -92,6 +92,12 @@ def test_every_statement_is_a_theorem(name):
     assert f"\\label{{thm:{name}}}" in text
     assert statement.latex() in text
     assert text.count(r"\item") == len(statement.assumptions)
+    # A condition that suffices stands before "Then", the conclusion behind it.
+    before, _, behind = text.partition("Then")
+    assert (statement.latex() in before) == bool(statement.conclusion)
+    assert words_to_latex(statement.conclusion) in behind
+    sufficient = {"samples_explicit", "samples_bach", "matrix_projection_size", "noise_stable_accuracy"}
+    assert (name in sufficient) == bool(statement.conclusion)
     below = text.partition(r"\end{theorem}")[2]
     assert words_to_latex(statement.source) in below
     assert words_to_latex(statement.provenance) in below

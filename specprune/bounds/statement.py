@@ -32,6 +32,7 @@ class Statement:
         source: publication and theorem.
         provenance: where the form and the constants come from.
         numeric: False where an unknown constant forbids numbers.
+        conclusion: in words, where the formula is no conclusion but a last condition that suffices.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Statement:
     source: str
     provenance: str
     numeric: bool = True
+    conclusion: str = ""
 
     def latex(self) -> str:
         """Return the inequality as LaTeX, without dollar signs."""
@@ -53,9 +55,10 @@ class Statement:
         It needs no package but amsmath.
         """
         assumptions = "\n".join(rf"  \item {words_to_latex(item)}" for item in self.assumptions)
+        conclusion = f"Then {words_to_latex(self.conclusion)}.\n\n" if self.conclusion else ""
         return (
             f"\\paragraph{{{words_to_latex(self.title)}}}\n\\[\n{self.latex()}\n\\]\n"
-            f"\\begin{{itemize}}\n{assumptions}\n\\end{{itemize}}\n"
+            f"\\begin{{itemize}}\n{assumptions}\n\\end{{itemize}}\n{conclusion}"
             f"Source: {words_to_latex(self.source)} ({words_to_latex(self.provenance)}).\n"
         )
 
@@ -66,12 +69,14 @@ class Statement:
         graphicx: a formula wider than the page is scaled down to it.
         """
         assumptions = "\n".join(rf"  \item{{}} {words_to_latex(item)}" for item in self.assumptions)
+        joint = "and" if self.conclusion else "Then"
+        conclusion = f"Then {words_to_latex(self.conclusion)}.\n" if self.conclusion else ""
         return (
             f"\\begin{{theorem}}[{{{words_to_latex(self.title)}}}]\\label{{thm:{self.name}}}\n"
-            f"Suppose that\n\\begin{{itemize}}\n{assumptions}\n\\end{{itemize}}\nThen\n"
+            f"Suppose that\n\\begin{{itemize}}\n{assumptions}\n\\end{{itemize}}\n{joint}\n"
             f"\\[\n\\setbox0=\\hbox{{$\\displaystyle {self.latex()}$}}%\n"
             "\\ifdim\\wd0>\\linewidth\\resizebox{\\linewidth}{!}{\\box0}\\else\\box0\\fi\n\\]\n"
-            "\\end{theorem}\n"
+            f"{conclusion}\\end{{theorem}}\n"
             f"\\noindent{{\\footnotesize Source: {words_to_latex(self.source)} ({words_to_latex(self.provenance)}).}}\n"
         )
 

@@ -32,7 +32,8 @@ def _power_law() -> Statement:
 def _sampling() -> list[Statement]:
     count, samples, delta, ratio, c = positive("N M delta rho c")
     tropp = "Tropp 2015, Theorem 7.7.1; Bach 2017 (JMLR 18), Prop. 1"
-    common = ("J drawn independently from the leverage scores", "rho = lambda / mu_1", "conclusion: c <= 4")
+    common = ("J drawn independently from the leverage scores", "rho = lambda / mu_1")
+    enough = "c <= 4 with probability at least 1 - delta"
     failure = sp.Function("P")(sp.Gt(c, 4, evaluate=False))
     return [
         Statement(
@@ -43,6 +44,7 @@ def _sampling() -> list[Statement]:
             common,
             tropp,
             DERIVED,
+            conclusion=enough,
         ),
         Statement(
             "samples_bach",
@@ -52,6 +54,7 @@ def _sampling() -> list[Statement]:
             (*common, "rho <= 1", "delta >= 2e-4 (for the proof given here)"),
             tropp,
             DERIVED,
+            conclusion=enough,
         ),
         Statement(
             "sampling_failure",
@@ -60,7 +63,7 @@ def _sampling() -> list[Statement]:
                 failure, 4 * count * (1 + ratio) * sp.exp(-sp.Rational(9, 32) * samples / (count + sp.Rational(1, 4)))
             ),
             (count, samples, ratio),
-            common[:2],
+            common,
             tropp,
             DERIVED,
         ),

@@ -33,6 +33,7 @@ def _projection() -> list[Statement]:
             (_SIGNS, meaning),
             _SOURCE + ", matrix projection lemma",
             DERIVED,
+            conclusion="p <= eta",
         ),
     ]
 
@@ -52,6 +53,7 @@ def _accuracy() -> Statement:
         ),
         _SOURCE + ", compression lemma",
         DERIVED,
+        conclusion="the outputs of the compressed network are within epsilon ||f(x)|| on the samples",
     )
 
 
