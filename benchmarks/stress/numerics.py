@@ -251,7 +251,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="of the networks and the random rules")
     parser.add_argument("--only", choices=list(CONSTRUCTIONS), help="one construction")
-    parser.add_argument("--out", type=Path, help="folder for stress_numerics.json")
+    parser.add_argument("--out", type=Path, help="folder for numerics.json")
     args = parser.parse_args()
     start = time.perf_counter()
     found = [(case, run(case, args.seed)) for case in cases() if args.only in (None, case.construction)]
@@ -266,19 +266,17 @@ def main() -> None:
     for failure in failures:
         print(" | ".join(str(value) for value in failure.values()))
     if args.out is not None:
-        cells = Counter((*asdict(case).values(), outcome.verdict) for case, outcome in found)
         payload = {
             "tables": tables,
             "failures": failures,
             "refusals": dict(Counter(outcome.why for _, outcome in found if outcome.verdict == "refused")),
-            "cells": [dict(zip([*keys, "verdict"], cell, strict=True)) for cell in cells],
             "tolerances": {"outputs": OUTPUTS, "excess": EXCESS},
             "seed": args.seed,
             "seconds": seconds,
             "versions": {"python": platform.python_version(), **{n: version(n) for n in ("numpy", "scipy", "torch")}},
             "device": {"machine": platform.machine(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()},
         }
-        path = args.out / "stress_numerics.json"
+        path = args.out / "numerics.json"
         write_text(path, to_json(payload) + "\n")
         print(f"wrote {path}")
     raise SystemExit(1 if failures else 0)

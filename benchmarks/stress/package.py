@@ -21,6 +21,10 @@ from typing import Any
 from specprune._files import write_text
 from specprune._records import format_table, to_json
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from pruning_quality import where_run
+
 ROOT = Path(__file__).parents[2]
 _MOST = 1 << 20  # bytes of either file
 _SUFFIXES = (".py", ".typed", ".mplstyle", ".html", ".css", ".js", ".md", ".csv", ".gz", ".spnw", ".npz", ".json")
@@ -106,7 +110,7 @@ def main() -> None:
     print(format_table(rows))
     for fault in faults:
         print(f"   {fault}")
-    write_text(options.out / "package.json", to_json({"rows": rows, "faults": faults}) + "\n")
+    write_text(options.out / "package.json", to_json({**where_run("specprune", "torch", "numpy"), "rows": rows, "faults": faults}) + "\n")
     if faults:
         sys.exit(1)
 
