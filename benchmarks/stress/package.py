@@ -110,7 +110,10 @@ def main() -> None:
     print(format_table(rows))
     for fault in faults:
         print(f"   {fault}")
-    write_text(options.out / "package.json", to_json({**where_run("specprune", "torch", "numpy"), "rows": rows, "faults": faults}) + "\n")
+    write_text(
+        options.out / "package.json",
+        to_json({**where_run("specprune", "torch", "numpy"), "rows": rows, "faults": faults}) + "\n",
+    )
     if faults:
         sys.exit(1)
 
