@@ -66,13 +66,13 @@ def most_packed(size: int) -> int:
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """Open a temporary file beside `path` for writing bytes; rename it to `path` on success, remove it on failure.
 
-    Temporary files for the same `path` that killed processes of this machine left are removed.
+    Temporary files for the same `path` that killed processes of this machine left are removed (on POSIX systems).
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(target.parent, glob.escape(target.name))
     handle, name = tempfile.mkstemp(
-        dir=target.parent, prefix=f".{target.name}.{socket.gethostname()}-{os.getpid()}-", suffix=_PART
+        dir=target.parent, prefix=f".{target.name}.{_machine()}-{os.getpid()}-", suffix=_PART
     )
     try:
         with os.fdopen(handle, "wb") as stream:
@@ -91,11 +91,22 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 
 def _remove_leftovers(folder: Path, name: str) -> None:
     """Remove temporary files that killed processes of this machine left for files of a name (a pattern)."""
-    host = socket.gethostname()
-    for leftover in folder.glob(f".{name}.{glob.escape(host)}-*{_PART}"):
-        process = leftover.name.rpartition(f".{host}-")[2].partition("-")[0]
+    if os.name != "posix":  # there is no asking whether a process runs
+        return
+    machine = _machine()
+    for leftover in folder.glob(f".{name}.{glob.escape(machine)}-*{_PART}"):
+        process = leftover.name.rpartition(f".{machine}-")[2].partition("-")[0]
         if process.isdecimal() and not _is_running(int(process)):
-            leftover.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # another user's
+                leftover.unlink()
+
+
+def _machine() -> str:
+    """Return a name of this machine or container: what numbers of processes belong to."""
+    try:
+        return f"{socket.gethostname()}.{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return socket.gethostname()
 
 
 def _is_running(process: int) -> bool:
@@ -112,8 +123,8 @@ def _is_running(process: int) -> bool:
 def lock_folder(path: str | os.PathLike[str]) -> Iterator[None]:
     """Keep other runs out of a folder, made if need be, inside a `with` block; a killed run leaves no lock behind.
 
-    Temporary files that killed processes of this machine left there are removed.  The lock is the system's, on the
-    folder itself; where the system or the file system has none, nothing is locked.
+    On POSIX systems, temporary files that killed processes of this machine left there are removed.  The lock is the
+    system's, on the folder itself; where the system or the file system has none, nothing is locked.
 
     Raises:
         ValueError: another run has the folder.

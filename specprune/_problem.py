@@ -139,7 +139,8 @@ def call_factory(option: str, path: str) -> Any:
     """Import "package.module:factory" and return what factory() returns.
 
     The module that is named is looked for in the current folder first; whatever else is imported, by this program or
-    by that module, is looked for there last, so that no file beside it can take the place of a library.
+    by that module, is looked for there last, so that no file beside it can take the place of a library.  (With `python
+    -m specprune`, Python itself looks there first.)
 
     Raises:
         ValueError: it cannot be imported, is not callable, or fails.

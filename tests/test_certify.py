@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_code_training import halves
 
+from specprune._files import load_arrays, save_arrays
 from specprune.analysis import certify as module
 from specprune.analysis.certificate import certificate_of, load_network
 from specprune.analysis.certified import contradictory_labels
@@ -154,6 +155,12 @@ def test_a_stop_between_the_first_state_and_the_first_network_is_no_end(tmp_path
     data, settings = dataset(), {"out": tmp_path, "start": "scratch", "design": DESIGN}
     certify(data, minutes=MINUTES / 4, **settings)
     (tmp_path / "best.spnw").unlink()
+    before = (tmp_path / "state.npz").read_bytes()
+    with pytest.raises(ValueError, match=r"holds the state of a run but not its best\.spnw; put that back"):
+        certify(data, minutes=MINUTES / 4, **settings)
+    assert (tmp_path / "state.npz").read_bytes() == before
+    header = load_arrays(tmp_path / "state.npz", "certify state")[1]
+    save_arrays(tmp_path / "state.npz", {}, {**header, "history": []})  # as before the first network
     found = certify(data, minutes=MINUTES / 4, **settings)
     assert found.history[0].phase == "random weights"
     assert (tmp_path / "best.spnw").exists()

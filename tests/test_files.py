@@ -10,7 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from specprune._files import append_line, atomic_write, load_arrays, lock_folder, read_lines, save_arrays, write_text
+from specprune._files import (
+    _machine,
+    append_line,
+    atomic_write,
+    load_arrays,
+    lock_folder,
+    read_lines,
+    save_arrays,
+    write_text,
+)
 
 
 def names(folder):
@@ -212,6 +221,26 @@ def test_a_killed_run_leaves_no_lock_and_its_half_written_files_are_removed(tmp_
     assert names(tmp_path) == [".mine.json.elsewhere-1-abc.part", copy.name, "mine.json"]
     with lock_folder(tmp_path):  # removes what was left of any
         assert names(tmp_path) == [".mine.json.elsewhere-1-abc.part", "mine.json"]
+
+
+def test_leftovers_that_may_not_be_removed_do_not_stop_a_write(tmp_path, monkeypatch):
+    process = multiprocessing.get_context("forkserver").Process(target=time.sleep, args=(0,))
+    process.start()
+    process.join()
+    left = tmp_path / f".mine.json.{_machine()}-{process.pid}-abc.part"
+    left.touch()
+
+    def refuse(path, **_):
+        raise PermissionError(errno.EPERM, "not yours", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        write_text(tmp_path / "mine.json", "{}")
+    assert names(tmp_path) == [left.name, "mine.json"]
+    elsewhere = left.with_name(left.name.replace(_machine(), f"{_machine()}9"))  # another container's: it may live
+    elsewhere.touch()
+    write_text(tmp_path / "mine.json", "{}")
+    assert names(tmp_path) == [elsewhere.name, "mine.json"]
 
 
 def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog):

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,14 @@ def test_ceiling_of_drawn_patches_in_full():
     assert found.forward == 4 * 100 * 3 * 16
     everything = collection_ceiling(model, tensor(100, 5, 9, 9), level="patch")
     assert everything.rows == 2 * 4 * 1600 * 45 + 8 * 1600 * 9 + 12 * 6 * 45**2
+
+
+def test_ceiling_of_layers_without_inputs():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of them
+        model = nn.Sequential(nn.Linear(4, 0), nn.Linear(0, 3))
+    assert collection_ceiling(model, tensor(10, 4)).rows == collection_ceiling(model[:1], tensor(10, 4)).rows
+    collect_moments(model, [tensor(10, 4)])
 
 
 def test_ceiling_does_not_change_the_model_and_refuses_nonsense():

@@ -169,6 +169,19 @@ def test_half_precision_is_distilled(dtype):
     assert losses[1] < 0.9 * losses[0]
 
 
+def test_distillation_of_half_precision_says_what_forward_must_cast_to():
+    net = build("mlp", "plain", torch.bfloat16)
+
+    def forward(model, batch):
+        return model(batch.to(torch.bfloat16))
+
+    settings = {"widths": net.widths, "forward": forward, "distill_steps": 2}
+    with pytest.raises(ValueError, match=r"cast them there to next\(model\.parameters\(\)\)\.dtype"):
+        prune(net.model, [net.data], **settings)
+    settings["forward"] = lambda model, batch: model(batch.to(next(model.parameters()).dtype))
+    prune(net.model, [net.data], **settings)
+
+
 def test_distillation_that_ruins_the_network_is_refused():
     net = build("mlp", "nodes at 1e+18", torch.float32)
     with pytest.raises(ValueError, match="distillation raised the divergence of the outputs"):

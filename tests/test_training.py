@@ -1,5 +1,6 @@
 """Training, evaluation and checkpoints."""
 
+import copy
 import dataclasses
 import math
 
@@ -178,6 +179,9 @@ def test_checkpoint_refuses_a_changed_network(trained, tmp_path):
     other = dataclasses.replace(trained, recipe=dataclasses.replace(SHORT, net="vgg-4-3"))
     with pytest.raises(ValueError, match=r"conv2\.weight"):
         save_checkpoint(tmp_path / "net.npz", other)
+    wide = dataclasses.replace(trained, model=copy.deepcopy(trained.model).double())
+    with pytest.raises(ValueError, match="its weights in float32"):
+        save_checkpoint(tmp_path / "net.npz", wide)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 import specprune
-from specprune._files import load_arrays
+from specprune._files import load_arrays, save_arrays
 from specprune.analysis import trace_chain
 from specprune.cli import main
 from specprune.compress import CalibrationData
@@ -541,6 +541,22 @@ def test_damaged_shards_are_reported_and_trained_again(tmp_path, damage, undistu
     same_zoo(zoo, undisturbed)
 
 
+def test_shards_with_other_layers_or_settings_than_the_manifest(tmp_path, undisturbed, caplog):
+    train_zoo(TINY, GRID, tmp_path, together=4, **QUICK)
+    broken = shards(tmp_path)[1]
+    arrays, header = load_arrays(broken, "zoo shard")
+    save_arrays(broken, arrays, {**header, "parameters": header["parameters"][:-1]})
+    with pytest.raises(ValueError, match="holds other layers than"):
+        load_zoo(tmp_path)
+    same_zoo(train_zoo(TINY, GRID, tmp_path, together=4, **QUICK), undisturbed)
+    assert "holds other layers than" in caplog.text
+    manifest = json.loads((tmp_path / MANIFEST).read_text())
+    manifest["settings"] = manifest["settings"][:2]  # the shards have more
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+    zoo = train_zoo(TINY, GRID[:2], tmp_path, together=4, **QUICK)
+    assert {network.setting for network in zoo.networks} == set(GRID)
+
+
 def test_another_plan_is_refused(tmp_path):
     train_zoo(TINY, GRID[:1], tmp_path, **QUICK)
     manifest = (tmp_path / MANIFEST).read_bytes()
@@ -566,6 +582,7 @@ def test_bad_calls_are_refused(tmp_path):
         ([GRID[0], GRID[1], GRID[0]], {}, "is given twice"),
         ([other], {}, "is for data 'digits', got 'tiny'"),
         ([dataclasses.replace(GRID[0], n=41)], {}, "n exceeds the 40"),
+        ([dataclasses.replace(GRID[0], depth=1000)], {}, "expected fewer than 1000 layers"),
         (GRID, {"together": 0}, "together 0"),
         (GRID, {"target_loss": -1}, "target_loss -1"),
     ):

@@ -390,8 +390,13 @@ class _Run:
                 f"{self.folder}: holds a run of {shortened(str(header.get('identity')))}; this one is "
                 f"{self._identity()}; choose another folder"
             )
-        if not (self.folder / _BEST_FILE).exists():  # stopped before its first network
-            return
+        if not (self.folder / _BEST_FILE).exists():
+            if header.get("history"):
+                raise ValueError(
+                    f"{self.folder}: holds the state of a run but not its {_BEST_FILE}; put that back, or choose "
+                    "another folder"
+                )
+            return  # stopped before its first network
         try:
             self._take(arrays, header)
         except (KeyError, TypeError, ValueError) as error:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -108,7 +109,7 @@ def collect_logits_of(
         for part, work in zip(logits, copies, strict=True):
             part.append(data.call(work, batch).to(torch.float64).cpu().numpy())
             if not np.all(np.isfinite(part[-1])):
-                raise NonFiniteOutputs(f"NaN or Inf in {_first_non_finite(work, data, batch)}")
+                raise NonFiniteOutputs(_first_non_finite(work, functools.partial(data.call, batch=batch)))
         targets.append(batch_targets(batch).cpu().numpy())
     labels = np.concatenate(targets)
     return [_checked(np.concatenate(part), labels) for part in logits], labels
@@ -128,8 +129,8 @@ def _checked(outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return outputs
 
 
-def _first_non_finite(model: nn.Module, data: CalibrationData, batch: Any) -> str:
-    """Return where NaN or Inf come up first when a network runs on a batch, with what to do."""
+def _first_non_finite(model: nn.Module, run: Callable[[nn.Module], Any]) -> str:
+    """Say where NaN or Inf come up first when a network runs."""
     places = []
 
     def watch(name: str, module: nn.Module) -> None:
@@ -144,8 +145,9 @@ def _first_non_finite(model: nn.Module, data: CalibrationData, batch: Any) -> st
     for name, module in work.named_modules():
         if name and next(module.children(), None) is None:
             watch(name, module)
-    data.call(work, batch)
-    return f"{places[0] if places else 'the outputs of the network'}: check the data, its weights and those before it"
+    run(work)
+    place = places[0] if places else "the outputs of the network"
+    return f"NaN or Inf in {place}: check the data, its weights and those before it"
 
 
 def error_rate(logits: np.ndarray, targets: np.ndarray) -> float:
@@ -197,10 +199,13 @@ def checked_logits(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
 
     Raises:
         TypeError: as in `check_labelled`.
-        ValueError: as there; targets that are no class numbers, or outputs that are not finite logits.
+        ValueError: as there; targets that are no class numbers, or outputs that are no logits.
+        NonFiniteOutputs: as in `collect_logits`.
     """
     check_labelled(model, inputs, targets)
     with torch.no_grad():
         outputs = run_in_parts(model, inputs).double()
-    _checked(outputs.cpu().numpy(), targets.cpu().numpy())
+        _checked(outputs.cpu().numpy(), targets.cpu().numpy())
+        if not bool(torch.isfinite(outputs).all()):
+            raise NonFiniteOutputs(_first_non_finite(model, functools.partial(run_in_parts, inputs=inputs)))
     return outputs

@@ -75,7 +75,7 @@ class TradeoffPoint:
         bits: number of bits per weight, the same on the whole curve: those that give its smallest bound.
         rounded_test_error: test error of that rounded network; None without a test set.
         margin_bias: sqrt(2)/gamma ||f - f#||_n.
-        margin_variance: 24 sqrt(P/n (1 + ln(1+K))).
+        margin_variance: 6 sqrt(P/n (1 + ln(1+4K))).
         margin_bound: Theorem C's bound.
         margin_holds: whether its hypothesis on the norm of the inputs holds.
         train_error: training error of the pruned network, not rounded.

@@ -37,7 +37,8 @@ def distill(pruned: nn.Module, original: nn.Module, data: CalibrationData, steps
         seed: of the order of the samples.
 
     Raises:
-        ValueError: the loss is no longer finite, or the network is further from the original than before, and far.
+        ValueError: the loss is no longer finite, the network is further from the original than before, and far, or
+            float32 copies cannot be called in the way of the network in half precision.
     """
     original.eval()
     pruned.eval()
@@ -46,7 +47,15 @@ def distill(pruned: nn.Module, original: nn.Module, data: CalibrationData, steps
     if all(p.dtype in _HALF for p in pruned.parameters() if p.is_floating_point()):
         # Steps of this size are lost in the rounding of half precision, and Adam's squares vanish.
         student = copy.deepcopy(pruned).float()
-        _train(student, copy.deepcopy(original).float(), data, steps, seed, wide=True)
+        try:
+            _train(student, copy.deepcopy(original).float(), data, steps, seed, wide=True)
+        except RuntimeError as error:
+            if "dtype" not in str(error):
+                raise
+            raise ValueError(
+                "a network in half precision is distilled as a float32 copy, which its `forward` gives other numbers "
+                f"({error}): cast them there to next(model.parameters()).dtype, or leave out distill_steps"
+            ) from error
         pruned.load_state_dict(student.state_dict())
     else:
         _train(pruned, original, data, steps, seed)

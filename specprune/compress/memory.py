@@ -173,7 +173,9 @@ def _row_bytes(
     layer: Layer, shape: tuple[int, ...], level: str, positions: int | None, columns: int, size: int, on_cpu: bool
 ) -> int:
     """Return the `rows` of one layer that reads inputs of some shape."""
-    count, kernel = math.prod(shape) // (shape[-1] if isinstance(layer, nn.Linear) else shape[1]), 1
+    if columns == 0:
+        return 0
+    count, kernel = math.prod(shape[:-1] if isinstance(layer, nn.Linear) else (shape[0], *shape[2:])), 1
     if level == "patch" and not isinstance(layer, nn.Linear):
         inputs = torch.empty(shape, device="meta")
         outputs, kernel = output_size(layer, inputs), math.prod(layer.kernel_size)

@@ -266,15 +266,12 @@ def save_checkpoint(path: str | os.PathLike[str], trained: TrainedNetwork) -> No
     """
     state = trained.model.state_dict()
     expected = build_network(trained.recipe.net, TaskShape(trained.input_shape, trained.classes)).state_dict()
-    differing = sorted(
-        name
-        for name in expected.keys() | state.keys()
-        if name not in expected or name not in state or expected[name].shape != state[name].shape
-    )
+    kinds = [{name: (tensor.shape, tensor.dtype) for name, tensor in each.items()} for each in (state, expected)]
+    differing = sorted(name for name in expected.keys() | state.keys() if kinds[0].get(name) != kinds[1].get(name))
     if differing:
         raise ValueError(
             f"cannot save: the model differs from {trained.recipe.net!r} in {', '.join(differing)}; "
-            "give a recipe whose `net` names this very network"
+            "give a recipe whose `net` names this very network, and its weights in float32"
         )
     header = {
         "kind": _KIND,

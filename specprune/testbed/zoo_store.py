@@ -255,16 +255,20 @@ def _train_missing(
     if (place / MANIFEST).exists():
         manifest = read_manifest(place)
     check_plan(place, manifest["plan"], plan)
-    for leftover in place.glob(".*.part"):  # of writes that were cut off
-        leftover.unlink()
     shards, damaged = read_shards(place, manifest["shards"], whole=True)
-    for path, error in damaged:
-        logger.warning("%s; its networks are trained again, the file is kept as %s", error, path.name + _DAMAGED)
+    for name, header in [*shards.items()]:
+        try:
+            _shard_networks(place / name, header, _task(plan))
+        except ValueError as error:
+            damaged.append((place / name, str(error)))
+            del shards[name]
+    for path, reason in damaged:
+        logger.warning("%s; its networks are trained again, the file is kept as %s", reason, path.name + _DAMAGED)
         path.rename(path.with_name(path.name + _DAMAGED))
     finished = {ZooSetting(**record["setting"]) for header in shards.values() for record in header["networks"]}
     chunks = {shard_name(chunk): chunk for chunk in _chunks([s for s in wanted if s not in finished], together)}
     known = [ZooSetting(**record) for record in manifest["settings"]]
-    everything = list(dict.fromkeys([*known, *wanted]))
+    everything = list(dict.fromkeys([*known, *finished, *wanted]))
     write_manifest(place, plan, everything, shards, chunks)
     if chunks:
         examples = zoo_examples(dataset, max(setting.n for chunk in chunks.values() for setting in chunk))
@@ -290,11 +294,9 @@ def load_zoo(folder: str | os.PathLike[str]) -> Zoo:
             "; ".join(error for _, error in damaged) + "; the same train_zoo (or `specprune zoo`) trains it again"
         )
     plan = manifest["plan"]
-    channels, height, width = plan["input_shape"]
-    task = TaskShape((channels, height, width), plan["classes"])
     found: dict[ZooSetting, ZooNetwork] = {}
     for name, header in shards.items():
-        for network in _shard_networks(place / name, header, task):
+        for network in _shard_networks(place / name, header, _task(plan)):
             found.setdefault(network.setting, network)
     settings = [ZooSetting(**record) for record in manifest["settings"]]
     return Zoo(
@@ -305,6 +307,11 @@ def load_zoo(folder: str | os.PathLike[str]) -> Zoo:
         tuple(setting for setting in settings if setting not in found),
         sum(float(header["seconds"]) for header in shards.values()),
     )
+
+
+def _task(plan: Mapping[str, Any]) -> TaskShape:
+    channels, height, width = plan["input_shape"]
+    return TaskShape((channels, height, width), plan["classes"])
 
 
 def _shard_networks(path: Path, header: Mapping[str, Any], task: TaskShape) -> list[ZooNetwork]:
@@ -349,6 +356,8 @@ def _check_settings(settings: Sequence[ZooSetting], dataset: Dataset, together: 
             raise ValueError(f"{setting}: is for data {setting.data!r}, got {dataset.name!r}")
         if setting.n > len(dataset.train_inputs):
             raise ValueError(f"{setting}: n exceeds the {len(dataset.train_inputs)} training examples; lower it")
+        if setting.depth >= _MOST_DEPTH:
+            raise ValueError(f"{setting}: expected fewer than {_MOST_DEPTH} layers; lower depth")
     if together < 1:
         raise ValueError(f"together {together}: expected at least 1 network")
 
