@@ -18,9 +18,13 @@ WORKER = Path(distributed_worker.__file__)
 def launch(task, folder, processes):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # else torchrun warns
-    return subprocess.run(
-        [*command, str(WORKER), task, str(folder)], env=environment, capture_output=True, text=True, timeout=120
-    )
+    words = [*command, str(WORKER), task, str(folder)]
+    for _ in range(2):
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
+        # Once in a while a thread of gloo aborts its process on the way out, whatever it has done: not what is tested.
+        if "terminate called without an active exception" not in done.stderr:
+            break
+    return done
 
 
 @pytest.fixture(scope="module")
