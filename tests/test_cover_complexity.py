@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from scipy.integrate import trapezoid
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -39,7 +40,7 @@ def dense_twin(train, train_labels, test, test_labels):
     def cover(points, covered):
         apart = np.sqrt(((covered[:, None] - points[None]) ** 2).sum(axis=2)).min(axis=1)
         share = (apart[:, None] <= math.sqrt(dimension) * radii).mean(axis=0)
-        return np.trapezoid(share, radii)
+        return trapezoid(share, radii)
 
     classes = sorted(set(train_labels.tolist()))
     pairs = np.array([[cover(train[train_labels == i], test[test_labels == j]) for j in classes] for i in classes])

@@ -166,6 +166,25 @@ def test_which_convolutions_are_shifted():
     assert not is_shiftable(nn.Conv3d(8, 1, 2), torch.zeros(1, 8, 5, 5, 5))
 
 
+SWITCHES = hasattr(torch.backends.cuda.matmul, "fp32_precision")  # one for each backend, since torch 2.9
+
+
+@pytest.mark.skipif(SWITCHES, reason="this torch has a switch for each backend")
+def test_products_under_reduced_precision_of_an_older_torch():
+    rows = torch.rand(500, 40)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        sums = GramSum(40, CPU)
+        sums.add(rows)
+        with full_precision(CPU):
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert relative_error(sums.finish(), rows) < 5e-7
+
+
+@pytest.mark.skipif(not SWITCHES, reason="this torch has one switch for all backends")
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("how", ["function", "backend"])
 def test_products_under_autocast_and_reduced_precision(how, autocast):
