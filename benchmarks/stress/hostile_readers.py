@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nested._internal.ops  # torch's own allowed names may import it late
 from mutations import (
     mutate_bytes,
     mutate_gzip,
