@@ -93,8 +93,7 @@ class _Watch:
         writes = (
             event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
         )
-        imports = event == "import" and not arguments[0].startswith("torch.")  # which imports parts of its own late
-        if event in _RUNNING_CODE or imports or (not self.writer and (writes or event in _CHANGING_FILES)):
+        if event in _RUNNING_CODE or event == "import" or (not self.writer and (writes or event in _CHANGING_FILES)):
             self.on = False
             self.seen.append(f"{event} {str(arguments)[:100]}")
             self.on = True

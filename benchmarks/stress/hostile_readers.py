@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._subclasses.schema_check_mode  # these parts torch imports late, when a file names them
+import torch.nested._internal.ops
 from mutations import (
     mutate_bytes,
     mutate_gzip,
