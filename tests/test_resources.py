@@ -98,7 +98,7 @@ def test_products_of_wide_rows_take_no_more_than_the_rows(monkeypatch):
 @pytest.fixture(scope="module")
 def stressed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stress")
-    command = [sys.executable, str(STRESS), "--only", "memory", "leaks", "--batches", "3", "30", "--times", "100"]
+    command = [sys.executable, str(STRESS), "--only", "memory", "leaks", "--batches", "10", "60", "--times", "100"]
     done = subprocess.run([*command, "--out", str(folder)], capture_output=True, text=True, timeout=300)
     assert (folder / "resources.json").exists(), done.stderr[-2000:]
     return json.loads((folder / "resources.json").read_text())

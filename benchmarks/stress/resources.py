@@ -13,6 +13,7 @@ import ctypes
 import functools
 import gc
 import itertools
+import math
 import multiprocessing
 import os
 import random
@@ -52,6 +53,7 @@ _MEGABYTE = 2**20
 _MMAP_THRESHOLD = -3  # of mallopt
 _KEPT = 64 * _MEGABYTE  # free memory that glibc holds back at most: twice its largest M_MMAP_THRESHOLD, see mallopt(3)
 _GROWTH = 2 * _MEGABYTE  # between the peaks of 10 and of 100 batches: pages that the allocator left in pieces
+_HELD = 500  # samples that `prune` compares networks on
 _LEAK = 1 * _MEGABYTE  # in 100 calls, after the warm-up
 
 
@@ -153,17 +155,19 @@ def memory(few: int, many: int) -> list[dict[str, Any]]:
         warm = functools.partial(call, model, Stream(1, *shape))
         warm()  # what is imported late
         peaks = [peak(functools.partial(call, model, Stream(n, *shape)), warm) for n in (few, many)]
-        rows.append(judged(name, peaks, None))
+        rows.append(judged(name, peaks, None, growth=_GROWTH + _HELD * 4 * math.prod(shape[1:])))
     return rows
 
 
-def judged(name: str, peaks: list[int], ceiling: int | None, kept: int | None = None) -> dict[str, Any]:
+def judged(
+    name: str, peaks: list[int], ceiling: int | None, kept: int | None = None, growth: int = _GROWTH
+) -> dict[str, Any]:
     said = []
     if ceiling is not None and max(peaks) > ceiling:
         said.append("above the ceiling")
     if ceiling is not None and kept is not None and kept > ceiling + _KEPT:
         said.append("above the ceiling and what the allocator keeps")
-    if peaks[1] > peaks[0] + _GROWTH:
+    if peaks[1] > peaks[0] + growth:
         said.append("grows with the batches")
     row = {
         "what": name,
