@@ -96,7 +96,13 @@ def assert_order(found):
     return certificate / found.measured if found.measured > 0 else 1.0
 
 
-@pytest.mark.parametrize("reconstruction", RECONSTRUCTIONS)
+@pytest.mark.parametrize(
+    "reconstruction",
+    [
+        pytest.param(kind, marks=[pytest.mark.slow] if kind in ("sequential", "none") else [])
+        for kind in RECONSTRUCTIONS
+    ],
+)
 def test_order_on_random_networks(reconstruction):
     checked = valid = 0
     for seed in range(30 if reconstruction == "channel" else 15):

@@ -91,7 +91,9 @@ def test_a_budget_below_one_node_is_refused(digits):
 
 
 RULES = [(rule, "local") for rule in peers.TORCH_PRUNING_RULES] + [
-    (rule, "global") for rule in peers.TORCH_PRUNING_RULES if rule not in peers.LOCAL_ONLY
+    pytest.param(rule, "global", marks=[] if rule == "magnitude_l2" else [pytest.mark.slow])
+    for rule in peers.TORCH_PRUNING_RULES
+    if rule not in peers.LOCAL_ONLY
 ]
 
 

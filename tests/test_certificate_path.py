@@ -87,6 +87,7 @@ def test_the_figure_shows_certificate_errors_and_the_published_value():
     assert "published" not in [line.get_label() for line in without.plot(Figure().subplots()).get_lines()]
 
 
+@pytest.mark.slow
 def test_the_commands(tmp_path, capsys):
     out = tmp_path / "run"
     assert main(["certify", "--budget", "0.1", "--out", str(out), "--json"]) == 0

@@ -34,7 +34,7 @@ def dataset(n=800, **changes):
     return Dataset(**({"name": "halves", "classes": 2} | parts | changes))
 
 
-@pytest.mark.parametrize("start", ["pruned", "scratch"])
+@pytest.mark.parametrize("start", ["pruned", pytest.param("scratch", marks=pytest.mark.slow)])
 def test_a_short_run_finds_a_valid_certificate(tmp_path, start):
     data = dataset()
     state = torch.get_rng_state()

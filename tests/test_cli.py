@@ -269,6 +269,7 @@ def test_defaults_are_those_of_prune():
     assert {name: options[name] for name in shared} == {name: own[name] for name in shared}
 
 
+@pytest.mark.slow
 def test_every_choice_of_prune_reaches_it(weights, tmp_path, capsys):
     words = ["--measure", "latency", "--keep", "0.99", "--allocation", "uniform", "--selection", "thinet"]
     words += ["--theta", "0.5", "--reconstruction", "patch", "--distill-steps", "2"]

@@ -186,6 +186,7 @@ def test_double_descent(run):
     assert "Better: train on 1000 features" in out
 
 
+@pytest.mark.slow
 def test_low_rank_or_nodes(run):
     names, out = run("5_low_rank_or_nodes", 3)
     needed = names["needed"]

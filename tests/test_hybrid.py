@@ -162,7 +162,14 @@ def test_the_report_tells_of_nodes_and_ranks(digits):
     assert any(line.startswith("layer ") for line in lines)
 
 
-@pytest.mark.parametrize("kind", [name for name in NETWORKS if name not in ("1d", "3d")])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name == "bottleneck" or "norm" in name else [])
+        for name in NETWORKS
+        if name not in ("1d", "3d")
+    ],
+)
 def test_networks_of_many_kinds(kind):
     model, data, fresh = network(kind)
     result = prune(model, data, 0.6, method="hybrid")

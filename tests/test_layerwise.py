@@ -86,6 +86,7 @@ def test_equal_networks_cost_only_rounding():
     assert 0 < bound.value < 1e-11 * output_distance(model, model, CalibrationData([x]))[1]
 
 
+@pytest.mark.slow
 def test_worst_gates_stay_below_what_is_carried():
     """Search over inputs for the largest ratio of distance and certificate: it never exceeds 1, and comes close."""
     closest = 0.0
